@@ -1,0 +1,2075 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = []
+# ///
+"""aggregator.py: take in events over HTTP, store each exactly once. One file, standard library only.
+
+    python3 aggregator.py &
+    curl -s localhost:8000/publish -d '{"topic": "door", "event_id": "1", "timestamp": "2026-01-01T12:00:00Z",
+                                        "source": "hall", "payload": {"open": true}}'
+    curl -s localhost:8000/events
+
+Publish the same event again, after a time-out, a crash, a power cut: the answer says `"duplicates":1`, and the list
+still holds it once.
+
+     curl ──POST /publish──▶ HTTP parser ─▶ validate ─▶ asyncio.Queue ─▶ consumer ─▶ store (SQLite, one thread)
+            §7 sockets        §5             §2          §4               §4          §3
+          ◀─ 202 ──────────────────────── after the commit ◀── verdicts ◀── group commit
+     curl ──GET /events ────▶ §6 routes ─▶ read connection (WAL: readers never block the writer)
+
+The life of one event: the server (§7) reads bytes from a socket and feeds them to the parser (§5), which hands over a
+whole request or refuses it. The route table (§6) finds the handler, which has the body turned into `Event`s (§2): all
+of them or none. The pipeline (§4) puts them into a bounded queue; its consumer takes all that waits and passes it to
+the store (§3), which decides for each event whether it is new, stores what is, counts, and commits: one transaction,
+one fsync for the whole group. Only then is the publisher answered.
+
+Promises: 202 means on disk; an identity (topic, event_id) is stored once; a request is taken whole or not at all; the
+books balance (received = unique + duplicates + queued). Not promised: order between publishers, a second machine,
+encryption, or that a publisher which never retries gets everything through.
+
+A section knows only the sections its banner names, and a test holds it to that. Deduplication is §3; a reader who
+came for it may skip §5 to §8.
+"""
+import argparse
+import asyncio
+import concurrent.futures
+import datetime
+import json
+import logging
+import os
+import re
+import signal
+import sqlite3
+import sys
+import time
+import zlib
+from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, Generator, Iterable, List, NamedTuple, NoReturn,
+                    Optional, Sequence, Set, Tuple, Union)
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("aggregator")
+
+
+# ======================================================================================================================
+# §1  Constants and limits
+#
+# Every bound the service keeps, with its unit, its reason and, where there is one, its precedent. A limit that is not
+# here does not exist; whatever is not bounded by one of these is bounded by the store's disk.
+# ======================================================================================================================
+
+MAX_NAME_BYTES = 255  # topic, event_id, source, in UTF-8: what a file name may have, so any of them can become one
+MAX_SEQUENCE = 2 ** 63 - 1  # SQLite's largest INTEGER
+MAX_NESTING = 100  # levels of a payload; far below what JSON readers stop at (SQLite 1,000, Python about 1,000)
+MAX_INT_DIGITS = 308  # a longer integer is infinite to every reader that keeps numbers as IEEE doubles (RFC 8259 §6)
+MAX_FAULTS = 1000  # faults listed in one answer
+
+MAX_BODY_BYTES = 4 * 1024 * 1024  # default of --max-body, before and after inflating; a full queue of common events
+MAX_REQUEST_LINE_BYTES = 8000  # RFC 9112 §3: "RECOMMENDED … at a minimum, request-line lengths of 8000 octets"
+MAX_HEAD_BYTES = 32 * 1024  # request line and fields
+MAX_FIELDS = 100  # header fields of one request, and trailer fields
+MAX_CHUNK_LINE_BYTES = 1024  # a chunk's size with its extensions
+MAX_TRAILER_BYTES = 8 * 1024
+
+QUEUE_MAX_EVENTS = 10_000  # default of --queue-max-size
+QUEUE_MAX_BYTES = 32 * 1024 * 1024  # of the bodies behind the queued events, so that few large events are bounded too
+GROUP_MAX_EVENTS = 2000  # one commit takes all that waits up to here: past it a longer transaction gains nothing
+RETRY_AFTER_S = 1  # a full queue is drained in well under a second
+QUIET_GROUP_EVENTS = 5  # up to here the consumer logs each event at INFO, above it one line for the group
+
+PAGE_DEFAULT = 100  # events of one GET /events
+PAGE_MAX = 1000
+PAGE_MAX_BYTES = 8 * 1024 * 1024  # payload bytes of one page; a page that reaches it ends early, with a cursor
+PAGE_MAX_SCAN = 50_000  # rows that a filter without an index looks at for one page, about 50 ms
+STATS_MAX_TOPICS = 1000  # topics listed by name in GET /stats
+
+TRIM_ROWS = 500  # rows that one step of retention removes, about 10 ms
+TIDY_INTERVAL_S = 1.0  # how often retention looks for work when nothing is published
+
+MAX_CONNECTIONS = 1000  # each costs about 10 KB idle
+READ_BYTES = 64 * 1024  # one read from a socket
+HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head, in total
+BODY_STALL_TIMEOUT_S = 20.0  # without a single byte of the body
+BODY_GRACE_S = 30.0  # after which a body must have come at BODY_MIN_BYTES_PER_S on the average
+BODY_MIN_BYTES_PER_S = 1024
+IDLE_TIMEOUT_S = 30.0  # a kept connection without a request
+WRITE_TIMEOUT_S = 30.0  # a client that does not read its answer
+LINGER_TIMEOUT_S = 2.0  # how long what a refused client still sends is read and thrown away (RFC 9112 §9.6)
+SWEEP_INTERVAL_S = 0.25  # how exactly deadlines are kept
+STOP_REQUESTS_S = 4.0  # for requests under way at SIGTERM
+STOP_DRAIN_S = 5.0  # for the queue after that; together under the 10 s that `docker stop` grants
+
+# One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457).
+PROBLEMS: Dict[str, Tuple[int, str]] = {
+    "bad-request": (400, "The request is not valid HTTP/1.1"),
+    "bad-parameter": (400, "A query parameter is not valid"),
+    "not-json": (400, "The body is not JSON"),
+    "not-found": (404, "There is nothing here"),
+    "no-such-event": (404, "No such event"),
+    "method-not-allowed": (405, "The method is not allowed here"),
+    "timeout": (408, "The request took too long to arrive"),
+    "conflict": (409, "This identity is taken by another event"),
+    "too-large": (413, "The body is too large"),
+    "batch-too-large": (413, "The batch is larger than the queue"),
+    "target-too-long": (414, "The request target is too long"),
+    "unsupported-encoding": (415, "The Content-Encoding is not supported"),
+    "expectation-failed": (417, "The expectation cannot be met"),
+    "invalid-event": (422, "An event is not valid"),
+    "headers-too-large": (431, "The header fields are too large"),
+    "internal-error": (500, "The service has a bug"),
+    "not-implemented": (501, "This is not implemented"),
+    "queue-full": (503, "The queue is full"),
+    "store-unavailable": (503, "The store cannot be written or read"),
+    "stopping": (503, "The service is stopping"),
+    "too-many-connections": (503, "Too many connections"),
+    "version-not-supported": (505, "The HTTP version is not supported"),
+}
+
+
+# ======================================================================================================================
+# §2  Events: one JSON value in, an `Event` or a list of faults out
+#
+# Knows §1. Knows no clock, no SQL and no HTTP: what "now" is and where bytes come from is the caller's business.
+#
+#   * An `Event` can always be written and read back: no lone surrogate, no NaN, no nesting that a reader chokes on.
+#   * Instants are integers, microseconds since 1970 in UTC. They are compared as integers, never as text.
+#   * The payload is kept as canonical JSON (sorted keys, no blanks), so equal content is equal text.
+#   * All faults of all events are reported at once; a publisher mends its batch in one go.
+#
+# Simpler than it might be: names are compared byte for byte, without Unicode normalisation, and numbers are what
+# Python makes of them (integers exact to 308 digits, everything else an IEEE double).
+# ======================================================================================================================
+
+class Event(NamedTuple):
+    """One valid event. `timestamp` is in microseconds since 1970 UTC, `payload` is canonical JSON text."""
+    topic: str
+    event_id: str
+    timestamp: int
+    source: str
+    payload: str
+    sequence: Optional[int] = None
+
+
+class Fault(NamedTuple):
+    """What is wrong with one field of the event at `index` of its batch (counted from 0)."""
+    index: int
+    field: str
+    message: str
+
+
+class NotJSON(ValueError):
+    """The bytes are not JSON text (RFC 8259) in UTF-8; the message says where and why."""
+
+
+class InvalidEvents(ValueError):
+    """The JSON is well-formed and at least one event in it is not valid; `faults` lists everything that is wrong."""
+
+    def __init__(self, faults: List[Fault]) -> None:
+        super().__init__("{} fault{}".format(len(faults), "" if len(faults) == 1 else "s"))
+        self.faults = faults
+
+
+_NAME = re.compile("[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BLANKS = re.compile("[ \t\r\n]*")  # JSON's white space, no more (RFC 8259 §2)
+_TIMESTAMP = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
+    r"(?:[T ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:[.,]([0-9]{1,30}))?)?"
+    r"(?:Z|([+-])([0-9]{2}):?([0-9]{2})?)?)?")
+_EPOCH_DAY = datetime.date(1970, 1, 1).toordinal()
+_FIRST_US = (datetime.date(1, 1, 1).toordinal() - _EPOCH_DAY) * 86_400_000_000
+_END_US = (datetime.date(9999, 12, 31).toordinal() + 1 - _EPOCH_DAY) * 86_400_000_000
+
+
+def parse_timestamp(text: str) -> int:
+    """ISO 8601 date and time to microseconds since 1970 UTC. No offset means UTC, a date alone is midnight.
+
+    Raises ValueError with a message that says what to send. Written out, because `datetime.fromisoformat` refuses `Z`
+    before Python 3.11 and takes week dates after it.
+
+    >>> parse_timestamp("1970-01-01T01:00:00.25+01:00")
+    250000
+    >>> parse_timestamp("1970-01-02")
+    86400000000
+    """
+    match = _TIMESTAMP.fullmatch(text)
+    if match is None:
+        raise ValueError("is not an ISO 8601 date and time such as 2026-01-31T12:00:00.5Z or 2026-01-31 14:00+02:00")
+    year, month, day, hour, minute, second, fraction, sign, off_hours, off_minutes = match.groups()
+    try:
+        days = datetime.date(int(year), int(month), int(day)).toordinal() - _EPOCH_DAY
+    except ValueError:
+        raise ValueError("names a day that the calendar from year 0001 to 9999 does not have")
+    h, m, s = int(hour or 0), int(minute or 0), int(second or 0)
+    if h > 23 or m > 59 or s > 59:
+        raise ValueError("has a time of day outside 00:00:00 to 23:59:59"
+                         + (" (send a leap second as second 59)" if s == 60 else ""))
+    instant = ((days * 24 + h) * 60 + m) * 60 + s
+    if sign:
+        oh, om = int(off_hours), int(off_minutes or 0)
+        if oh > 23 or om > 59:
+            raise ValueError("has an offset outside -23:59 to +23:59")
+        offset = (oh * 60 + om) * 60
+        instant += offset if sign == "-" else -offset
+    result = instant * 1_000_000 + (int((fraction + "00000")[:6]) if fraction else 0)
+    if not _FIRST_US <= result < _END_US:
+        raise ValueError("is outside the years 0001 to 9999 in UTC")
+    return result
+
+
+def format_timestamp(instant_us: int) -> str:
+    """Microseconds since 1970 UTC to `YYYY-MM-DDTHH:MM:SS.ffffffZ`.
+
+    >>> format_timestamp(-1)
+    '1969-12-31T23:59:59.999999Z'
+    """
+    seconds, micros = divmod(instant_us, 1_000_000)
+    days, second = divmod(seconds, 86_400)
+    return "{}T{:02d}:{:02d}:{:02d}.{:06d}Z".format(datetime.date.fromordinal(days + _EPOCH_DAY).isoformat(),
+                                                    second // 3600, second // 60 % 60, second % 60, micros)
+
+
+def _integer(digits: str) -> Union[int, float]:
+    """An integer that no double can hold becomes infinity, as 1e999 does, and is refused with it further down. It also
+    keeps `int` from the quadratic time that 100,000 digits cost on Pythons before 3.8.14."""
+    return int(digits) if len(digits) <= MAX_INT_DIGITS else float("inf")
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def decode_text(body: bytes) -> str:
+    """UTF-8 to text. Raises NotJSON that names the first offending byte. A byte order mark is refused too: RFC 8259
+    §8.1 forbids it, and what is behind one is often not UTF-8."""
+    if body[:3] == b"\xef\xbb\xbf":
+        raise NotJSON("the body starts with a byte order mark (EF BB BF): send UTF-8 without one")
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NotJSON("byte 0x{:02x} at offset {} is not UTF-8: send UTF-8".format(body[error.start], error.start))
+
+
+def json_values(text: str) -> List[Any]:
+    """All JSON values in `text`, with blanks, newlines or nothing between them. Raises NotJSON, or InvalidEvents for
+    nesting that the decoder gives up on.
+
+    >>> json_values('{"a":1}{"b":2}  [3]')
+    [{'a': 1}, {'b': 2}, [3]]
+    """
+    values: List[Any] = []
+    at, end = _BLANKS.match(text).end(), len(text)  # type: ignore[union-attr]
+    while at < end:
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except RecursionError:
+            raise InvalidEvents([Fault(len(values), "", "is nested deeper than {} levels".format(MAX_NESTING))])
+        except json.JSONDecodeError as error:
+            raise NotJSON("at line {}, column {}: {}; what stands there is {}".format(
+                error.lineno, error.colno, error.msg[:1].lower() + error.msg[1:], _shown(text[error.pos:error.pos + 20])))
+        values.append(value)
+        at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+    return values
+
+
+def parse_events(body: bytes) -> List[Event]:
+    """A body (one or more of: an event, a list of events, {"events": [...]}) to its events, in order, at least one.
+    Raises NotJSON or InvalidEvents.
+
+    >>> [e.event_id for e in parse_events(b'{"topic":"t","event_id":"1","timestamp":"2026-01-01","source":"s",'
+    ...                                   b'"payload":{}}')]
+    ['1']
+    """
+    values = json_values(decode_text(body))
+    if not values:
+        raise NotJSON("the body is empty: send an event, a list of events, or one event a line")
+    candidates: List[Any] = []
+    for value in values:
+        if isinstance(value, list):
+            candidates.extend(value)
+        elif isinstance(value, dict) and "events" in value and "topic" not in value:
+            if not isinstance(value["events"], list):
+                raise InvalidEvents([Fault(len(candidates), "events", "must be a list of events, not "
+                                           + _shown(value["events"]))])
+            candidates.extend(value["events"])
+        else:
+            candidates.append(value)
+    if not candidates:
+        raise InvalidEvents([Fault(0, "", "is missing: the list holds no event")])
+    return read_events(candidates)
+
+
+def read_events(values: Iterable[Any]) -> List[Event]:
+    """Decoded JSON values to events, all or none. Raises InvalidEvents."""
+    events: List[Event] = []
+    faults: List[Fault] = []
+    for index, value in enumerate(values):
+        event = _maybe_event(value, index, faults)
+        if event is not None:
+            events.append(event)
+    if faults:
+        raise InvalidEvents(faults)
+    return events
+
+
+def _maybe_event(value: Any, index: int, faults: List[Fault]) -> Optional[Event]:
+    """One decoded value to an Event, or None with every fault of it added to `faults`."""
+    if not isinstance(value, dict):
+        faults.append(Fault(index, "", "must be an object with topic, event_id, timestamp, source and payload, not "
+                            + _shown(value)))
+        return None
+    before = len(faults)
+    read: Dict[str, Any] = {}
+    for field, reader in _READERS:
+        try:
+            found = value[field]
+        except KeyError:
+            faults.append(Fault(index, field, "is missing"))
+            continue
+        try:
+            read[field] = reader(found)
+        except ValueError as error:
+            faults.append(Fault(index, field, "{}: {}".format(error, _shown(found))))
+    sequence = value.get("sequence")
+    if sequence is not None and (type(sequence) is not int or not 0 <= sequence <= MAX_SEQUENCE):
+        faults.append(Fault(index, "sequence", "must be an integer from 0 to {}: {}".format(MAX_SEQUENCE,
+                                                                                            _shown(sequence))))
+    return Event(sequence=sequence, **read) if len(faults) == before else None
+
+
+def _read_name(value: Any) -> str:
+    """A topic, event id or source. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    if _NAME.fullmatch(value) is None:
+        if not value:
+            raise ValueError("must not be empty")
+        raise ValueError("must not hold control characters or lone surrogates")
+    if value.isspace():
+        raise ValueError("must not be blank")
+    if len(value) * 4 > MAX_NAME_BYTES and len(value.encode("utf-8")) > MAX_NAME_BYTES:
+        raise ValueError("must have at most {} bytes in UTF-8, not {}".format(MAX_NAME_BYTES,
+                                                                             len(value.encode("utf-8"))))
+    return value
+
+
+def _read_timestamp(value: Any) -> int:
+    if not isinstance(value, str):
+        raise ValueError("must be a string with an ISO 8601 date and time")
+    return parse_timestamp(value)
+
+
+def _read_payload(value: Any) -> str:
+    """A JSON object to its canonical text. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    try:
+        text = _ENCODER.encode(value)
+    except ValueError:
+        raise ValueError("must not hold NaN, Infinity or a number beyond 1e308")
+    except RecursionError:
+        raise ValueError("must not be nested deeper than {} levels".format(MAX_NESTING))
+    if text.count("{") + text.count("[") > MAX_NESTING and _depth(value) > MAX_NESTING:
+        raise ValueError("must not be nested deeper than {} levels".format(MAX_NESTING))
+    if not text.isascii() and _SURROGATE.search(text):
+        raise ValueError("must not hold lone surrogates")
+    return text
+
+
+_READERS: Tuple[Tuple[str, Callable[[Any], Any]], ...] = (
+    ("topic", _read_name), ("event_id", _read_name), ("timestamp", _read_timestamp), ("source", _read_name),
+    ("payload", _read_payload))
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion, given up on once past the limit.
+
+    >>> _depth({"a": [1]})
+    2
+    """
+    depth, level = 0, [value]
+    while level and depth <= MAX_NESTING:
+        depth += 1
+        level = [child for parent in level
+                 for child in (parent.values() if isinstance(parent, dict) else parent)
+                 if isinstance(child, (dict, list))]
+    return depth
+
+
+def _shown(value: Any) -> str:
+    """A value as it may stand in a message: ASCII, at most 60 characters, never raising."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def events_from_lines(text: str, topic: str, source: str, instant_us: int, new_id: Callable[[int], str]) -> List[Event]:
+    """Plain text to one event a line with payload {"message": line}; blank lines are none. `new_id` names the event of
+    a line by its number, from 1. Raises InvalidEvents, also when there is no line."""
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    stamp = format_timestamp(instant_us)
+    values = [{"topic": topic, "event_id": new_id(number), "timestamp": stamp, "source": source,
+               "payload": {"message": line}} for number, line in lines if line and not line.isspace()]
+    if not values:
+        raise InvalidEvents([Fault(0, "", "is missing: the text holds no line")])
+    return read_events(values)
+
+
+class EventQuery(NamedTuple):
+    """Which events to list. `topic` is exact unless `prefix`; instants in microseconds, `since` inclusive, `until`
+    exclusive; `after` is the (timestamp, seq) of the last event already seen."""
+    topic: Optional[str] = None
+    prefix: bool = False
+    source: Optional[str] = None
+    since: Optional[int] = None
+    until: Optional[int] = None
+    limit: int = PAGE_DEFAULT
+    after: Optional[Tuple[int, int]] = None
+    descending: bool = False
+
+
+class Page(NamedTuple):
+    """A page of events: their JSON texts joined by the separator asked for, how many, and where the next one starts
+    (None at the end). A page may be short, even empty, and still have a next one."""
+    text: str
+    count: int
+    next: Optional[Tuple[int, int]]
+
+
+# ======================================================================================================================
+# §3  Store: what "seen before" means
+#
+# One SQLite file in WAL mode. `commit` takes a batch and answers a verdict for each event; deciding, storing and
+# counting are one transaction, so there is no moment in which an id is known and its event is not stored.
+#
+#     processed_events   the log: seq 1, 2, 3 … in the order of arrival, never used twice     UNIQUE(topic, event_id)
+#     topics             unique, duplicates and still stored, for each topic
+#     stats              the totals
+#
+# Knows §1 and §2. Knows no asyncio, no queue, no HTTP. Synchronous; each object is used by one thread at a time.
+#
+#   * An exception out of `commit` means that nothing of the batch is stored or counted.
+#   * One process owns the file. The proof is an exclusive lock on FILE-owner, which the kernel drops with the process.
+#   * A file that is not ours is refused before SQLite may touch it.
+#
+# Beside a busy event loop the worker gets the GIL back once per statement, not once per row, whatever the statement
+# does; so a group is written with many rows to the statement, and an answer is built inside SQLite in one step.
+# ======================================================================================================================
+
+class StoreError(Exception):
+    """The file cannot be opened as a store; the message says why and what to do."""
+
+
+class StoreFailed(Exception):
+    """A read or write failed and left the store as it was; trying again later may help."""
+
+
+class Verdict(NamedTuple):
+    """What became of one event: `new`, `duplicate`, or `conflict` (the identity is known with another source or
+    payload), and the `seq` of the event that is stored under its identity."""
+    kind: str
+    seq: int
+
+
+APPLICATION_ID = 0x41474752  # "AGGR" in the file header (SQLite file format §1.3.16)
+SCHEMA_VERSION = 1
+_SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOTALL)  # user_version, application_id
+
+_SCHEMA = """
+CREATE TABLE processed_events(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    topic TEXT NOT NULL, event_id TEXT NOT NULL, timestamp INTEGER NOT NULL, source TEXT NOT NULL,
+    payload TEXT NOT NULL, processed_at INTEGER NOT NULL, sequence INTEGER,
+    UNIQUE(topic, event_id));
+CREATE INDEX by_topic ON processed_events(topic, timestamp);
+CREATE INDEX by_time ON processed_events(timestamp);
+CREATE TABLE topics(
+    topic TEXT PRIMARY KEY, uniques INTEGER NOT NULL, duplicates INTEGER NOT NULL, stored INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE stats(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO stats VALUES('unique_processed', 0), ('duplicate_dropped', 0), ('conflicts', 0), ('removed', 0)
+"""
+
+_MAX_VARIABLES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
+_LOOK_UP = ("SELECT json_group_array(json_array(topic, event_id, seq, source, payload)) FROM processed_events"
+            " WHERE (topic, event_id) IN (VALUES {rows})")
+_APPEND = ("INSERT INTO processed_events(seq, topic, event_id, timestamp, source, payload, sequence, processed_at)"
+           " VALUES {rows} ON CONFLICT(topic, event_id) DO NOTHING")
+_COUNT_TOPICS = ("INSERT INTO topics(topic, uniques, duplicates, stored) VALUES {rows} ON CONFLICT(topic) DO UPDATE SET"
+                 " uniques = uniques + excluded.uniques, duplicates = duplicates + excluded.duplicates,"
+                 " stored = stored + excluded.stored")
+_COUNT = ("UPDATE stats SET value = value + CASE name WHEN 'unique_processed' THEN ? WHEN 'duplicate_dropped' THEN ?"
+          " WHEN 'conflicts' THEN ? ELSE ? END")
+
+# Instants as the contract spells them. % is C's remainder, which is negative before 1970.
+_INSTANT = ("strftime('%Y-%m-%dT%H:%M:%S', ({0} - (({0} % 1000000) + 1000000) % 1000000) / 1000000, 'unixepoch')"
+            " || printf('.%06dZ', (({0} % 1000000) + 1000000) % 1000000)")
+# One event as JSON text. The payload is JSON already and goes in as it is.
+_LINE = ("'{{\"seq\":' || e.seq || ',\"topic\":' || json_quote(e.topic) || ',\"event_id\":' || json_quote(e.event_id)"
+         " || ',\"timestamp\":\"' || {timestamp} || '\",\"source\":' || json_quote(e.source)"
+         " || ',\"payload\":' || e.payload || CASE WHEN e.sequence IS NULL THEN '' ELSE ',\"sequence\":' || e.sequence END"
+         " || ',\"processed_at\":\"' || {processed_at} || '\"}}'").format(
+             timestamp=_INSTANT.format("e.timestamp"), processed_at=_INSTANT.format("e.processed_at"))
+
+
+def _connect(path: str, **options: Any) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, **options)
+
+
+def _in_rows(db: sqlite3.Connection, statement: str, rows: Sequence[Tuple[Any, ...]]) -> Iterable[Any]:
+    """Run `statement` over all rows, as many to a call as SQLite has variables for, in powers of two so that the few
+    texts stay prepared. Yields the first column of the first row of each call, if there is one."""
+    width, at = len(rows[0]), 0
+    most = min(512, 1 << (_MAX_VARIABLES // width).bit_length() - 1)
+    while at < len(rows):
+        n = min(most, 1 << (len(rows) - at).bit_length() - 1)
+        text = statement.format(rows=",".join(["(" + ",".join("?" * width) + ")"] * n))
+        found = db.execute(text, [value for row in rows[at:at + n] for value in row]).fetchone()
+        if found is not None:
+            yield found[0]
+        at += n
+
+
+def _own(path: str) -> sqlite3.Connection:
+    """Lock the store for this process, by SQLite's own locking, until the connection closes or the process dies."""
+    owner = _connect(path + "-owner", timeout=0.5)
+    try:
+        owner.execute("PRAGMA journal_mode=MEMORY")
+        owner.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        owner.close()
+        if "locked" in str(error):
+            raise StoreError("{} belongs to another running aggregator: stop that one, or choose another --db".format(path))
+        raise StoreError("cannot lock {}-owner ({}): the folder must be writable".format(path, error))
+    return owner
+
+
+def _check_header(path: str) -> None:
+    """Refuse, by its first 100 bytes and without touching it, a file that is not a store of this version."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError("cannot read {}: {}".format(path, error.strerror))
+    if not head:
+        return
+    match = _SQLITE_HEADER.match(head)
+    if match is None:
+        raise StoreError("{} is not an SQLite database: choose another --db".format(path))
+    version, application = (int.from_bytes(field, "big") for field in match.groups())
+    if application != APPLICATION_ID:
+        raise StoreError("{} is an SQLite database, but not an aggregator's: choose another --db".format(path))
+    if version != SCHEMA_VERSION:
+        raise StoreError("{} has schema version {}, and aggregator {} reads version {}: start the aggregator that wrote"
+                         " it, or choose another --db".format(path, version, __version__, SCHEMA_VERSION))
+
+
+class Store:
+    """The writer, and the owner of the file. Everything but the constructor may raise StoreFailed.
+
+    `max_per_topic` events and `retention_us` microseconds since arrival are kept, 0 meaning all. Raises StoreError if
+    the file cannot be used."""
+
+    def __init__(self, path: str, full_sync: bool = True, max_per_topic: int = 0, retention_us: int = 0) -> None:
+        self.path = path = os.path.realpath(path)
+        self._max_per_topic = max_per_topic
+        self._retention_us = retention_us
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):
+            raise StoreError("the folder {} does not exist: create it, or choose another --db".format(folder))
+        if os.path.isdir(path):
+            raise StoreError("{} is a folder: --db names a file".format(path))
+        if os.path.exists(path) and not os.access(path, os.W_OK) or not os.access(folder, os.W_OK):
+            raise StoreError("{} or its folder is read-only: the user that runs the aggregator must own both".format(path))
+        _check_header(path)
+        try:
+            self._owner = _own(path)
+        except sqlite3.Error as error:
+            raise StoreError("cannot open {}: {}".format(path, error))
+        try:
+            self._db = _connect(path, timeout=5.0)
+            self._open(full_sync)
+        except sqlite3.Error as error:
+            self._owner.close()
+            raise StoreError("cannot use {}: {}; if the file is damaged, move it away or restore a copy".format(path, error))
+        except StoreError:
+            self._owner.close()
+            raise
+
+    def _open(self, full_sync: bool) -> None:
+        db = self._db
+        try:
+            db.execute("SELECT json_quote('')")
+        except sqlite3.OperationalError:
+            raise StoreError("this SQLite ({}) was built without its JSON functions".format(sqlite3.sqlite_version))
+        if sqlite3.sqlite_version_info < (3, 24):
+            raise StoreError("this SQLite is {}; 3.24 or newer is needed".format(sqlite3.sqlite_version))
+        db.execute("BEGIN EXCLUSIVE")
+        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute("PRAGMA application_id={}".format(APPLICATION_ID))
+            db.execute("PRAGMA user_version={}".format(SCHEMA_VERSION))
+        db.execute("COMMIT")
+        if db.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+            raise StoreError("{} is on a file system without shared memory, which SQLite's WAL mode needs: choose a local"
+                             " disk".format(self.path))
+        db.execute("PRAGMA synchronous={}".format("FULL" if full_sync else "NORMAL"))
+        db.execute("PRAGMA cache_size=-16000")
+        db.execute("PRAGMA journal_size_limit=67108864")
+        found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'processed_events'").fetchone()
+        self._last_seq = int(found[0]) if found else 0
+        self._over: Set[str] = set()  # topics that may hold more than max_per_topic
+        if self._max_per_topic:
+            self._over.update(json.loads(db.execute("SELECT json_group_array(topic) FROM topics WHERE stored > ?",
+                                                    (self._max_per_topic,)).fetchone()[0]))
+
+    def totals(self) -> Tuple[int, int]:
+        """Unique events and duplicates since the store was made."""
+        unique, duplicate = self._db.execute("SELECT (SELECT value FROM stats WHERE name = 'unique_processed'),"
+                                             " (SELECT value FROM stats WHERE name = 'duplicate_dropped')").fetchone()
+        return int(unique), int(duplicate)
+
+    def commit(self, events: Sequence[Event], now_us: int) -> List[Verdict]:
+        """Decide, store and count a batch in one transaction; a verdict for each event, in order."""
+        with _Transaction(self._db):
+            verdicts = self._decide(events)
+            fresh = [(verdict.seq,) + event + (now_us,) for event, verdict in zip(events, verdicts) if verdict.kind == "new"]
+            if fresh:
+                for _ in _in_rows(self._db, _APPEND, fresh):
+                    pass
+            self._count(events, verdicts, len(fresh))
+            self._trim(now_us, 2 * len(fresh))
+        self._last_seq += len(fresh)
+        return verdicts
+
+    def _decide(self, events: Sequence[Event]) -> List[Verdict]:
+        """A verdict for each event, in order; the second of two equals in one batch is a duplicate. New events get the
+        next seqs. Changes nothing."""
+        known: Dict[Tuple[str, str], Tuple[int, str, str]] = {}
+        wanted = list({(event.topic, event.event_id): None for event in events})
+        for found in _in_rows(self._db, _LOOK_UP, wanted):
+            for topic, event_id, seq, source, payload in json.loads(found):
+                known[topic, event_id] = (seq, source, payload)
+        verdicts, seq = [], self._last_seq
+        for event in events:
+            first = known.get((event.topic, event.event_id))
+            if first is None:
+                seq += 1
+                known[event.topic, event.event_id] = (seq, event.source, event.payload)
+                verdicts.append(Verdict("new", seq))
+            else:
+                same = first[1:] == (event.source, event.payload)
+                verdicts.append(Verdict("duplicate" if same else "conflict", first[0]))
+        return verdicts
+
+    def _count(self, events: Sequence[Event], verdicts: Sequence[Verdict], fresh: int) -> None:
+        by_topic: Dict[str, List[int]] = {}
+        for event, verdict in zip(events, verdicts):
+            by_topic.setdefault(event.topic, [0, 0])[verdict.kind != "new"] += 1
+        for _ in _in_rows(self._db, _COUNT_TOPICS, [(topic, n, d, n) for topic, (n, d) in by_topic.items()]):
+            pass
+        conflicts = sum(verdict.kind == "conflict" for verdict in verdicts)
+        self._db.execute(_COUNT, (fresh, len(events) - fresh, conflicts, 0))
+        if self._max_per_topic:
+            self._over.update(by_topic)
+
+    # Retention. Removed is what is oldest: by arrival for --retention, by timestamp for --max-events-per-topic, whichever
+    # bites first. Each commit removes up to twice what it adds, so a flood never outruns it, and `tidy` does the rest.
+
+    def tidy(self, now_us: int) -> bool:
+        """One small step of retention in a transaction of its own. True if there may be more to do."""
+        if not self._over and not self._expired(now_us, 1):
+            return False
+        with _Transaction(self._db):
+            self._trim(now_us, TRIM_ROWS)
+        return True
+
+    def _expired(self, now_us: int, rows: int) -> List[int]:
+        """The seqs of the oldest events that --retention has done with."""
+        if not self._retention_us:
+            return []
+        found = self._db.execute(
+            "SELECT json_group_array(seq) FROM (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?)"
+            " WHERE processed_at < ?", (rows, now_us - self._retention_us)).fetchone()[0]
+        return list(json.loads(found))
+
+    def _trim(self, now_us: int, rows: int) -> None:
+        """Remove up to about `rows` events that retention has done with."""
+        if rows <= 0:
+            return
+        gone = self._expired(now_us, rows)
+        for topic in list(self._over):
+            if len(gone) >= rows:
+                break
+            (stored,) = self._db.execute("SELECT stored FROM topics WHERE topic = ?", (topic,)).fetchone()
+            excess = min(stored - self._max_per_topic, rows - len(gone))
+            if excess > 0:
+                gone += json.loads(self._db.execute(
+                    "SELECT json_group_array(seq) FROM (SELECT seq FROM processed_events WHERE topic = ?"
+                    " ORDER BY timestamp, seq LIMIT ?)", (topic, excess)).fetchone()[0])
+            if stored - excess <= self._max_per_topic:
+                self._over.discard(topic)
+        if gone:
+            self._remove(sorted(set(gone)))
+
+    def _remove(self, seqs: List[int]) -> None:
+        wanted = json.dumps(seqs)
+        self._db.execute(
+            "UPDATE topics SET stored = stored - (SELECT count(*) FROM json_each(?1) AS j JOIN processed_events AS e"
+            " ON e.seq = j.value WHERE e.topic = topics.topic) WHERE topic IN (SELECT e.topic FROM json_each(?1) AS j"
+            " JOIN processed_events AS e ON e.seq = j.value)", (wanted,))
+        self._db.execute("DELETE FROM processed_events WHERE seq IN (SELECT value FROM json_each(?))", (wanted,))
+        self._db.execute(_COUNT, (0, 0, 0, len(seqs)))
+
+    def probe(self) -> None:
+        """Prove that the store can be written, by writing."""
+        with _Transaction(self._db):
+            self._db.execute(_COUNT, (0, 0, 0, 0))
+
+    def close(self) -> None:
+        """Fold the WAL into the file and give up ownership. The store stays whole if this never runs."""
+        try:
+            self._db.close()
+        finally:
+            self._owner.close()
+
+
+class _Transaction:
+    """All or nothing: commits at the end of the block, rolls back on any exception; SQLite's become StoreFailed."""
+
+    def __init__(self, db: sqlite3.Connection, mode: str = "IMMEDIATE") -> None:
+        self._db = db
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        try:
+            self._db.execute("BEGIN " + self._mode)
+        except sqlite3.Error as error:
+            raise StoreFailed(str(error))
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
+        if error is None:
+            try:
+                self._db.execute("COMMIT")
+                return
+            except sqlite3.Error as failure:
+                error = failure
+        try:
+            if self._db.in_transaction:  # a full disk or an I/O error has rolled back already
+                self._db.execute("ROLLBACK")
+        except sqlite3.Error:
+            pass
+        if isinstance(error, sqlite3.Error):
+            raise StoreFailed(str(error)) from error
+
+
+class Reader:
+    """The read side: a connection of its own, so that reading never waits for writing. May raise StoreFailed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._db = _connect(path, timeout=5.0)
+        self._db.execute("PRAGMA query_only=1")
+
+    def close(self) -> None:
+        """Release the connection."""
+        self._db.close()
+
+    def page(self, query: EventQuery, separator: str = ",") -> Page:
+        """The events that `query` asks for, ordered by (timestamp, seq), as JSON texts with `separator` between."""
+        where, values = ["1"], []  # type: Tuple[List[str], List[Any]]
+        for condition, value in (("timestamp >= ?", query.since), ("timestamp < ?", query.until),
+                                 ("topic = ?", None if query.prefix else query.topic)):
+            if value is not None:
+                where.append(condition)
+                values.append(value)
+        if query.after is not None:
+            where.append("(timestamp, seq) {} (?, ?)".format("<" if query.descending else ">"))
+            values.extend(query.after)
+        filters, filter_values = ["1"], []  # type: Tuple[List[str], List[Any]]
+        if query.prefix and query.topic:
+            filters.append("substr(topic, 1, ?) = ?")
+            filter_values += [len(query.topic), query.topic]
+        if query.source is not None:
+            filters.append("source = ?")
+            filter_values.append(query.source)
+        scan = query.limit + 1 if len(filters) == 1 else PAGE_MAX_SCAN
+        rows = ("FROM processed_events WHERE {} ORDER BY timestamp {d}, seq {d}".format(
+            " AND ".join(where), d="DESC" if query.descending else "ASC"))
+        with _Transaction(self._db, "DEFERRED"):
+            keys = json.loads(self._db.execute(
+                "SELECT json_group_array(json_array(timestamp, seq, (SELECT length(CAST(payload AS BLOB)) FROM"
+                " processed_events AS p WHERE p.seq = f.seq))) FROM (SELECT timestamp, seq FROM (SELECT timestamp, seq,"
+                " topic, source {} LIMIT ?) WHERE {} LIMIT ?) AS f".format(rows, " AND ".join(filters)),
+                values + [scan] + filter_values + [query.limit + 1]).fetchone()[0])
+            taken, size = 0, 0
+            while taken < min(len(keys), query.limit) and (taken == 0 or size + keys[taken][2] <= PAGE_MAX_BYTES):
+                size += keys[taken][2]
+                taken += 1
+            following: Optional[Tuple[int, int]] = None
+            if taken < len(keys):
+                following = (keys[taken - 1][0], keys[taken - 1][1])
+            elif len(filters) > 1:  # nothing more among the rows looked at: go on behind them, if there are any
+                following = self._db.execute("SELECT timestamp, seq {} LIMIT 1 OFFSET ?".format(rows),
+                                             values + [scan - 1]).fetchone()
+            text = self._db.execute(
+                "SELECT group_concat(line, ?) FROM (SELECT {} AS line FROM json_each(?) AS j CROSS JOIN"
+                " processed_events AS e ON e.seq = j.value)".format(_LINE),
+                (separator, json.dumps([key[1] for key in keys[:taken]]))).fetchone()[0]
+        return Page(text or "", taken, following)
+
+    def event(self, topic: str, event_id: str) -> Optional[str]:
+        """One event as JSON text, or None."""
+        with _Transaction(self._db, "DEFERRED"):
+            found = self._db.execute("SELECT {} FROM processed_events AS e WHERE topic = ? AND event_id = ?".format(_LINE),
+                                     (topic, event_id)).fetchone()
+        return found[0] if found else None
+
+    def stats(self) -> Dict[str, Any]:
+        """The totals, the topics with most events, and the size of the store in bytes, from one snapshot."""
+        with _Transaction(self._db, "DEFERRED"):
+            found = json.loads(self._db.execute(
+                "SELECT json_object('stats', (SELECT json_group_object(name, value) FROM stats),"
+                " 'topics', (SELECT json_group_array(json_array(topic, uniques, duplicates, stored)) FROM (SELECT * FROM"
+                " topics ORDER BY uniques DESC, topic LIMIT ?)), 'topics_total', (SELECT count(*) FROM topics))",
+                (STATS_MAX_TOPICS,)).fetchone()[0])
+        size = 0
+        for suffix in ("", "-wal"):
+            try:
+                size += os.path.getsize(self._path + suffix)
+            except OSError:
+                pass
+        totals = found["stats"]
+        return {"unique_processed": totals["unique_processed"], "duplicate_dropped": totals["duplicate_dropped"],
+                "conflicts": totals["conflicts"], "removed_by_retention": totals["removed"],
+                "stored": totals["unique_processed"] - totals["removed"], "store_bytes": size,
+                "topics_total": found["topics_total"],
+                "topics": {topic: {"unique": n, "duplicates": d, "stored": s} for topic, n, d, s in found["topics"]}}
+
+
+# ======================================================================================================================
+# §4  Pipeline: a bounded queue, one consumer, group commit
+#
+# Publishers put batches into an asyncio queue; the consumer takes everything that waits and has it committed as one
+# group, while the next group gathers behind it. No timer: an idle service commits a lone event at once, a busy one
+# commits hundreds for the price of one fsync.
+#
+# Knows §1 to §3. Knows no HTTP.
+#
+#   * The bound is in events (and bytes), counted from being taken until being committed or refused.
+#   * A batch is taken whole or not at all. A batch that can never fit is told so, or it would be retried for ever.
+#   * Nothing ends the consumer but `stop`: if a commit fails, the publishers of that group are told, and it goes on.
+#   * `taken` and the store's totals give the books: received = unique + duplicates + queued, at every moment.
+#
+# Threads: "writer" owns the Store, "reader" owns the Reader; each runs one call at a time, in order of asking.
+# ======================================================================================================================
+
+class QueueFull(Exception):
+    """There is no room for the batch now; nothing of it was taken."""
+
+
+class BatchTooLarge(Exception):
+    """The batch is larger than the whole queue and could never be taken."""
+
+
+class Stopping(Exception):
+    """The service is shutting down and takes nothing more."""
+
+
+class _Batch(NamedTuple):
+    events: List[Event]
+    size: int  # bytes of the body
+    done: "Optional[asyncio.Future[List[Verdict]]]"  # None: the publisher does not wait
+
+
+class Pipeline:
+    """Queue, consumer and read side over one store file. Construct and use inside one running event loop.
+
+    `clock` gives microseconds since 1970 UTC. `start` raises StoreError."""
+
+    def __init__(self, open_store: Callable[[], Store], clock: Callable[[], int],
+                 max_events: int = QUEUE_MAX_EVENTS) -> None:
+        self.max_events = max_events
+        self._open_store = open_store
+        self._clock = clock
+        # Owner: this loop. Publishers put without waiting (the bound is checked first), the consumer waits in get().
+        self._queue: "asyncio.Queue[_Batch]" = asyncio.Queue(max_events)
+        self._in_flight = 0  # events taken and neither committed nor refused
+        self._in_flight_bytes = 0
+        self._taken = 0  # events ever taken and not refused since
+        self._stopping = False
+        self._failure = ""  # why the last commit failed, empty once one succeeds
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "writer")
+        self._reading = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self._tasks: "List[asyncio.Task[None]]" = []
+
+    async def start(self) -> None:
+        """Open the store and start the consumer. Raises StoreError."""
+        self._loop = asyncio.get_running_loop()
+        self._store = await self._loop.run_in_executor(self._writer, self._open_store)
+        self._reader = await self._loop.run_in_executor(self._reading, Reader, self._store.path)
+        self._taken = sum(await self._loop.run_in_executor(self._writer, self._store.totals))
+        self._tasks = [self._loop.create_task(self._consume()), self._loop.create_task(self._tidy())]
+
+    async def publish(self, events: List[Event], size: int, wait: bool = True) -> Optional[List[Verdict]]:
+        """Take a batch (`size` is the bytes it came in). With `wait`, return its verdicts once it is on disk; without,
+        return None once it is queued. Raises BatchTooLarge, QueueFull, Stopping, and StoreFailed (nothing stored)."""
+        n = len(events)
+        if n > self.max_events:
+            raise BatchTooLarge("{} events in one request, and the queue holds {}: send at most {} at a time".format(
+                n, self.max_events, self.max_events))
+        if self._stopping:
+            raise Stopping("the service is stopping: send again in a moment")
+        if self._in_flight + n > self.max_events or self._in_flight and self._in_flight_bytes + size > QUEUE_MAX_BYTES:
+            raise QueueFull("{} of {} events are queued and {} more do not fit: send again after Retry-After".format(
+                self._in_flight, self.max_events, n))
+        # No await between the check and the put: no other publisher can come between.
+        done = self._loop.create_future() if wait else None
+        self._queue.put_nowait(_Batch(events, size, done))
+        self._in_flight += n
+        self._in_flight_bytes += size
+        self._taken += n
+        return await done if done is not None else None
+
+    async def _consume(self) -> None:
+        while True:
+            group = [await self._queue.get()]
+            count = len(group[0].events)
+            while count < GROUP_MAX_EVENTS and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+                count += len(group[-1].events)
+            events = group[0].events if len(group) == 1 else [event for batch in group for event in batch.events]
+            outcome: Union[List[Verdict], Exception]
+            try:
+                outcome = await self._loop.run_in_executor(self._writer, self._store.commit, events, self._clock())
+                self._failure = ""
+            except Exception as error:  # whatever it is, the next group may go through
+                outcome = error if isinstance(error, StoreFailed) else StoreFailed("a commit failed: {!r}".format(error))
+                self._failure = str(outcome)
+                log.error("COMMIT FAILED - %d events of %d requests refused, nothing of them stored: %s", count,
+                          len(group), outcome, exc_info=not isinstance(error, StoreFailed))
+            self._settle(group, outcome)
+            if isinstance(outcome, list):
+                _log_group(events, outcome)
+
+    def _settle(self, group: List[_Batch], outcome: Union[List[Verdict], Exception]) -> None:
+        """Take a finished group off the books and answer its publishers. Not interruptible: it does not await."""
+        at = 0
+        for batch in group:
+            n = len(batch.events)
+            self._in_flight -= n
+            self._in_flight_bytes -= batch.size
+            if isinstance(outcome, Exception):
+                self._taken -= n
+                if batch.done is None:
+                    log.error("LOST - %d events taken with wait=0 could not be stored", n)
+                elif not batch.done.done():
+                    batch.done.set_exception(outcome)
+            elif batch.done is not None and not batch.done.done():
+                batch.done.set_result(outcome[at:at + n])
+            at += n
+            self._queue.task_done()
+
+    async def _tidy(self) -> None:
+        """Retention when nothing else drives it: step by step, so that a commit waits for one step at most."""
+        while True:
+            await asyncio.sleep(TIDY_INTERVAL_S)
+            try:
+                while await self._loop.run_in_executor(self._writer, self._store.tidy, self._clock()):
+                    pass
+            except Exception as error:
+                log.error("RETENTION FAILED - will try again: %s", error)
+
+    async def page(self, query: EventQuery, separator: str = ",") -> Page:
+        """Events, see Reader.page. Raises StoreFailed."""
+        return await self._loop.run_in_executor(self._reading, self._reader.page, query, separator)
+
+    async def event(self, topic: str, event_id: str) -> Optional[str]:
+        """One event as JSON text. Raises StoreFailed."""
+        return await self._loop.run_in_executor(self._reading, self._reader.event, topic, event_id)
+
+    async def stats(self) -> Dict[str, Any]:
+        """The books, balanced: what the store has counted, and what is taken and not yet counted. Raises StoreFailed."""
+        found = await self._loop.run_in_executor(self._reading, self._reader.stats)
+        counted = found["unique_processed"] + found["duplicate_dropped"]
+        # `_taken` is read after the snapshot and never runs behind it, so what is left is what was still in flight.
+        return {"received": self._taken, **found, "current_queue_size": self._taken - counted}
+
+    async def health(self) -> str:
+        """Why events cannot be stored right now, or "" if they can. After a failure it finds out by writing."""
+        if self._stopping:
+            return "the service is stopping"
+        if any(task.done() for task in self._tasks):
+            return "the consumer has ended"
+        if self._failure:
+            try:
+                await self._loop.run_in_executor(self._writer, self._store.probe)
+                self._failure = ""
+            except Exception as error:
+                self._failure = str(error)
+        return self._failure
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Take nothing more, commit what is queued, close the store. False if time ran out before the queue did."""
+        self._stopping = True
+        drained = True
+        if self._tasks:
+            waiter = self._loop.create_task(self._queue.join())
+            done, _ = await asyncio.wait([waiter], timeout=timeout_s)
+            drained = bool(done)
+            for task in self._tasks + [waiter]:
+                task.cancel()
+            await asyncio.gather(*self._tasks, waiter, return_exceptions=True)
+            await self._loop.run_in_executor(self._reading, self._reader.close)
+            await self._loop.run_in_executor(self._writer, self._store.close)
+        self._writer.shutdown()
+        self._reading.shutdown()
+        return drained
+
+
+def _log_group(events: Sequence[Event], verdicts: Sequence[Verdict]) -> None:
+    """The consumer's log lines: one for each event of a small group, one for a large group as a whole."""
+    quiet = len(events) <= QUIET_GROUP_EVENTS
+    if not quiet and log.isEnabledFor(logging.INFO):
+        new = sum(verdict.kind == "new" for verdict in verdicts)
+        log.info("GROUP COMMITTED - events: %d, processed: %d, duplicates dropped: %d", len(events), new, len(events) - new)
+    level = logging.INFO if quiet else logging.DEBUG
+    enabled = log.isEnabledFor(level)
+    for event, verdict in zip(events, verdicts):
+        if verdict.kind == "conflict":
+            log.warning("CONFLICT - topic: %s, event_id: %s, source: %s: the identity is taken by seq %d with other content,"
+                        " which stays", event.topic, event.event_id, event.source, verdict.seq)
+        if enabled:
+            log.log(level, "%s - topic: %s, event_id: %s, source: %s",
+                    "EVENT PROCESSED" if verdict.kind == "new" else "DUPLICATE DROPPED",
+                    event.topic, event.event_id, event.source)
+
+
+# ======================================================================================================================
+# §5  HTTP/1.1: bytes in, `Request` out; `Response` in, bytes out. No I/O
+#
+# The parser is fed whatever the network brings, in whatever pieces, and answers one of three things: a whole request,
+# "need more" (None), or HTTPError. It is written as one generator that reads like blocking code; each `yield None` is
+# a place where it waits to be fed.
+#
+# Knows §1 only. Every rule of syntax is a regular expression on bytes, matched in full, and stands beside the sentence
+# of RFC 9112 (message syntax) or RFC 9110 (semantics) that asks for it.
+#
+#   * Where a message ends is never guessed: two opinions about its length refuse it.
+#   * After HTTPError the connection is finished; what follows cannot be told from a smuggled request.
+#   * Work is linear in the bytes fed, memory is bounded by the limits of §1.
+#
+# Simpler than a general server: no upgrade, no trailers handed on, no transfer coding but chunked, no content coding but
+# gzip.
+# ======================================================================================================================
+
+class HTTPError(Exception):
+    """A request that is refused. `problem` is a key of PROBLEMS; the message says what is wrong and what to do."""
+
+    def __init__(self, problem: str, detail: str, headers: Tuple[Tuple[str, str], ...] = (),
+                 errors: Sequence[Dict[str, Any]] = ()) -> None:
+        super().__init__(detail)
+        self.problem = problem
+        self.detail = detail
+        self.headers = headers
+        self.errors = errors
+
+
+class Request:
+    """One whole request. `path` is the raw path split at "/" and percent-decoded, without the empty first part; `query`
+    is decoded; header names are lower case, values of repeated fields are joined by ", " (RFC 9110 §5.3)."""
+    __slots__ = ("method", "path", "query", "headers", "body", "keep_alive", "http_1_0")
+
+    def __init__(self, method: str, path: Tuple[str, ...], query: Dict[str, str], headers: Dict[str, str], body: bytes,
+                 keep_alive: bool, http_1_0: bool) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.http_1_0 = http_1_0
+
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([^\x00-\x20\x7f#]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9112 §5: no blank before the colon
+_HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 §7.2
+_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
+_LENGTH = re.compile("[0-9]{1,18}")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")  # RFC 9112 §7.1
+_BARE_EOL = re.compile(rb"(?:^|[^\r])\n|\r[^\n]")
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})?")
+_FORGED_LENGTH = re.compile("content[-_]length|transfer[-_]encoding")
+METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "PATCH", "TRACE")  # known; any other is answered 501
+
+
+def _refuse(detail: str) -> NoReturn:
+    raise HTTPError("bad-request", detail)
+
+
+def percent_decode(raw: bytes, plus_is_blank: bool = False) -> str:
+    """Percent-decoding (RFC 3986 §2.1) to text. Raises HTTPError for a lone % and for what is not UTF-8 then.
+
+    >>> percent_decode(b"caf%C3%A9+1", plus_is_blank=True)
+    'café 1'
+    """
+    if plus_is_blank:
+        raw = raw.replace(b"+", b" ")
+    if b"%" in raw:
+        raw = _ESCAPE.sub(_unescape, raw)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        _refuse("the target is not UTF-8 when percent-decoded")
+
+
+def _unescape(match: "re.Match[bytes]") -> bytes:
+    if match[1] is None:
+        _refuse("the target has a % without two hexadecimal digits: write a literal % as %25")
+    return bytes((int(match[1], 16),))
+
+
+def _parse_query(raw: bytes) -> Dict[str, str]:
+    query: Dict[str, str] = {}
+    for pair in raw.split(b"&"):
+        if pair:
+            name, _, value = pair.partition(b"=")
+            key = percent_decode(name, True)
+            if key in query:
+                raise HTTPError("bad-parameter", "the query parameter {!a} is given twice".format(key))
+            query[key] = percent_decode(value, True)
+    return query
+
+
+class RequestParser:
+    """`feed` it bytes, ask it for `next_request` until that is None. `phase` is "idle", "head" or "body";
+    `wants_continue` is true while a client waits for "100 Continue" before it sends its body (RFC 9110 §10.1.1)."""
+
+    def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._max_body = max_body_bytes
+        self._buffer = bytearray()
+        self._scanned = 0  # bytes of the buffer already searched for what is awaited
+        self._messages = self._parse()
+        self._broken = False
+        self.phase = "idle"
+        self.wants_continue = False
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the network."""
+        self._buffer += data
+
+    def next_request(self) -> Optional[Request]:
+        """The next whole request, or None if more bytes are needed. Raises HTTPError; after that, it must not be asked
+        again, because where the next request would start is not known."""
+        assert not self._broken, "asked again after HTTPError"
+        try:
+            return next(self._messages)
+        except HTTPError:
+            self._broken = True
+            self.wants_continue = False
+            raise
+
+    def _parse(self) -> Generator[Optional[Request], None, None]:
+        buffer = self._buffer
+        while True:
+            self.phase = "idle"
+            # RFC 9112 §2.2: a server SHOULD ignore at least one empty line before the request line.
+            while not buffer or (buffer[0] == 13 and (len(buffer) < 2 or buffer[1] == 10) and self._scanned == 0):
+                if buffer[:2] == b"\r\n":
+                    del buffer[:2]
+                    self._scanned = 1  # one is enough
+                else:
+                    yield None
+            self._scanned = 0
+            self.phase = "head"
+            head = yield from self._until(b"\r\n\r\n", MAX_HEAD_BYTES, "headers-too-large", "the request head", True)
+            lines = head.split(b"\r\n")
+            method, target, http_1_0 = _parse_request_line(lines[0])
+            headers = _parse_fields(lines[1:])
+            path, query, headers["host"] = _parse_target(method, target, headers, http_1_0)
+            length = _body_length(headers, http_1_0)
+            if length is not None and length > self._max_body:
+                raise HTTPError("too-large", "the body has {} bytes and at most {} are taken: send less at a time".format(
+                    length, self._max_body))
+            decode = _content_coding(headers)
+            connection = {token.strip(" \t").lower() for token in headers.get("connection", "").split(",")}
+            keep_alive = "close" not in connection and (not http_1_0 or "keep-alive" in connection)
+            self.phase = "body"
+            if "expect" in headers:
+                if headers["expect"].lower() != "100-continue":
+                    raise HTTPError("expectation-failed", "only Expect: 100-continue can be met")
+                self.wants_continue = not http_1_0 and length != 0
+            if length is None:
+                body = yield from self._chunked()
+            else:
+                while len(buffer) < length:
+                    yield None
+                body = bytes(buffer[:length])
+                del buffer[:length]
+            self.wants_continue = False
+            if decode:
+                body = _inflate(body, self._max_body)
+            self.phase = "idle"
+            yield Request(method, path, query, headers, body, keep_alive, http_1_0)
+
+    def _until(self, end: bytes, limit: int, problem: str, what: str, head: bool = False) -> Generator[None, None, bytes]:
+        """The bytes up to `end`, which are taken off the buffer with it. Every byte is searched once."""
+        buffer = self._buffer
+        while True:
+            at = buffer.find(end, max(0, self._scanned - len(end) + 1))
+            if head and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2) < 0 and len(buffer) > MAX_REQUEST_LINE_BYTES + 1:
+                raise HTTPError("target-too-long", "the request line is longer than {} bytes".format(
+                    MAX_REQUEST_LINE_BYTES))
+            if (at if at >= 0 else len(buffer) - len(end) + 1) > limit:
+                raise HTTPError(problem, "{} is longer than {} bytes".format(what, limit))
+            if at >= 0:
+                taken = bytes(buffer[:at])
+                del buffer[:at + len(end)]
+                self._scanned = 0
+                return taken
+            # RFC 9112 §2.2 lets a recipient take a bare LF for a line end; we do not, and say so before a time-out does.
+            if _BARE_EOL.search(buffer, max(0, self._scanned - 1)):
+                _refuse("{} has a line that does not end with CR LF".format(what))
+            self._scanned = len(buffer)
+            yield None
+
+    def _chunked(self) -> Generator[None, None, bytes]:
+        """A chunked body (RFC 9112 §7.1); extensions are skipped, trailers checked and dropped."""
+        buffer, body = self._buffer, bytearray()
+        while True:
+            line = yield from self._until(b"\r\n", MAX_CHUNK_LINE_BYTES, "bad-request", "a chunk size line")
+            match = _CHUNK_LINE.fullmatch(line)
+            if match is None:
+                _refuse("a chunk does not start with its size in hexadecimal")
+            size = int(match[1], 16)
+            if size == 0:
+                break
+            if len(body) + size > self._max_body:
+                raise HTTPError("too-large", "the body has more than the {} bytes that are taken: send less at a time".format(
+                    self._max_body))
+            while len(buffer) < size + 2:
+                if len(buffer) > size and buffer[size] != 13:
+                    break
+                yield None
+            if buffer[size:size + 2] != b"\r\n":
+                _refuse("a chunk is not followed by CR LF where its size says it ends")
+            body += buffer[:size]
+            del buffer[:size + 2]
+        count, size = 0, 0
+        while True:
+            line = yield from self._until(b"\r\n", MAX_TRAILER_BYTES - size, "headers-too-large", "the trailer section")
+            if not line:
+                return bytes(body)
+            count, size = count + 1, size + len(line)
+            if count > MAX_FIELDS:
+                raise HTTPError("headers-too-large", "there are more than {} trailer fields".format(MAX_FIELDS))
+            if _FIELD.fullmatch(line) is None:
+                _refuse("a trailer field is not valid")
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, bytes, bool]:
+    """Method, target, and whether this is HTTP/1.0 (RFC 9112 §3)."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        _refuse("the request line is not METHOD SP TARGET SP HTTP/1.1")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise HTTPError("version-not-supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    name = method.decode("ascii")
+    if name not in METHODS:
+        raise HTTPError("not-implemented", "the method {} is not known here".format(name[:40]))
+    return name, target, minor == b"0"
+
+
+def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
+    """Header fields by lower-case name; repeated ones joined, so that what must stand alone no longer matches its form."""
+    if len(lines) > MAX_FIELDS:
+        raise HTTPError("headers-too-large", "there are more than {} header fields".format(MAX_FIELDS))
+    headers: Dict[str, str] = {}
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:  # obs-fold (RFC 9112 §5.2), a blank before the colon, a control character, no colon
+            _refuse("a header field is not NAME: VALUE on one line")
+        name = match[1].decode("ascii").lower()
+        value = match[2].strip(b" \t").decode("latin-1")
+        if name in headers:
+            value = headers[name] + ", " + value
+        headers[name] = value
+        if "_" in name and _FORGED_LENGTH.fullmatch(name):
+            _refuse("the header field {} may be taken for another by a gateway".format(name))
+    return headers
+
+
+def _parse_target(method: str, target: bytes, headers: Dict[str, str],
+                  http_1_0: bool) -> Tuple[Tuple[str, ...], Dict[str, str], str]:
+    """Path, query and host of any of the target forms that have one (RFC 9112 §3.2)."""
+    host = headers.get("host")
+    if host is None:
+        if not http_1_0:
+            _refuse("the Host field is missing")
+        host = ""
+    elif _HOST.fullmatch(host) is None:
+        _refuse("the Host field must be there once and name a host")
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is not None:  # RFC 9112 §3.2.2: its authority counts, not the Host field
+        host, target = absolute[1].decode("latin-1"), absolute[2]
+        if not host or _HOST.fullmatch(host) is None:
+            _refuse("the target names no valid host")
+        if not target.startswith(b"/"):
+            target = b"/" + target
+    raw_path, _, raw_query = target.partition(b"?")
+    if target == b"*" and method == "OPTIONS":
+        return ("*",), {}, host
+    if not raw_path.startswith(b"/"):
+        _refuse("the target must start with a slash")
+    path = tuple(percent_decode(part) for part in raw_path[1:].split(b"/"))
+    return path, _parse_query(raw_query) if raw_query else {}, host
+
+
+def _body_length(headers: Dict[str, str], http_1_0: bool) -> Optional[int]:
+    """Bytes of the body, 0 without one, None for chunked (RFC 9112 §6.3)."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is None:
+        if length is None:
+            return 0
+        if _LENGTH.fullmatch(length) is None:  # signs, blanks, lists, repeated fields, other digits than 0 to 9
+            if re.fullmatch("[0-9]{19,}", length):
+                raise HTTPError("too-large", "Content-Length has more than 18 digits")
+            _refuse("Content-Length must be there once and hold decimal digits only")
+        return int(length)
+    if length is not None:
+        _refuse("Content-Length and Transfer-Encoding contradict each other: send one of them")
+    if http_1_0:
+        _refuse("HTTP/1.0 has no Transfer-Encoding")
+    codings = [token.strip(" \t").lower() for token in coding.split(",")]
+    if codings != ["chunked"]:
+        if codings[-1] == "chunked" and codings.count("chunked") == 1 and all(
+                token in ("gzip", "x-gzip", "deflate", "compress", "x-compress", "identity") for token in codings[:-1]):
+            raise HTTPError("not-implemented", "Transfer-Encoding can only be chunked: compress with Content-Encoding: gzip")
+        _refuse("Transfer-Encoding must be there once and be chunked")
+    return None
+
+
+def _content_coding(headers: Dict[str, str]) -> bool:
+    """Whether the body must be inflated (RFC 9110 §8.4)."""
+    coding = headers.get("content-encoding", "identity").lower()
+    if coding in ("gzip", "x-gzip"):
+        return True
+    if coding not in ("identity", ""):
+        raise HTTPError("unsupported-encoding", "the Content-Encoding must be gzip or absent", (("Accept-Encoding", "gzip"),))
+    return False
+
+
+def _inflate(body: bytes, limit: int) -> bytes:
+    """gzip to plain bytes, with a bound on what comes out: a bomb of 4 MB would be 4 GB."""
+    parts: List[bytes] = []
+    size = 0
+    while body:
+        member = zlib.decompressobj(31)  # 31: gzip, with its checksum checked; a file may have several members
+        try:
+            part = member.decompress(body, limit + 1 - size)
+        except zlib.error:
+            _refuse("the body is not gzip, though its Content-Encoding says so")
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise HTTPError("too-large", "the body inflates to more than {} bytes: send less at a time".format(limit))
+        if not member.eof:
+            _refuse("the gzip body is cut off")
+        body = member.unused_data
+    return b"".join(parts)
+
+
+class Response(NamedTuple):
+    """What to answer: all at once (bytes), or a stream of pieces whose length is not known beforehand."""
+    status: int
+    body: Union[bytes, AsyncIterator[bytes]] = b""
+    content_type: str = "application/json"
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+
+REASONS = {100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 410: "Gone",
+           400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+           408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+           415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
+           422: "Unprocessable Content", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def http_date(instant_s: float) -> str:
+    """Seconds since 1970 to the one date format of HTTP (RFC 9110 §5.6.7), whatever the locale.
+
+    >>> http_date(0)
+    'Thu, 01 Jan 1970 00:00:00 GMT'
+    """
+    t = time.gmtime(instant_s)
+    return "{}, {:02d} {} {:04d} {:02d}:{:02d}:{:02d} GMT".format(
+        _DAYS[t.tm_wday], t.tm_mday, _MONTHS[t.tm_mon - 1], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec)
+
+
+def encode_response(response: Response, date: str, keep_alive: bool, head_only: bool = False,
+                    chunked: bool = False) -> bytes:
+    """The head, and the body if it is all there. RFC 9110 §8.6: 204 has no Content-Length; §9.3.2: HEAD gets the head
+    that GET would; a stream is chunked, or ends with the connection for HTTP/1.0."""
+    body = response.body
+    text = "HTTP/1.1 {} {}\r\nDate: {}\r\nServer: aggregator/{}\r\n".format(
+        response.status, REASONS[response.status], date, __version__)
+    if response.status != 204:
+        text += "Content-Type: {}\r\n".format(response.content_type)
+        if isinstance(body, bytes):
+            text += "Content-Length: {}\r\n".format(len(body))
+        elif chunked:
+            text += "Transfer-Encoding: chunked\r\n"
+    for name, value in response.headers:
+        text += "{}: {}\r\n".format(name, value)
+    text += "\r\n" if keep_alive else "Connection: close\r\n\r\n"
+    head = text.encode("latin-1")
+    return head + body if isinstance(body, bytes) and not head_only else head
+
+
+# ======================================================================================================================
+# §6  API: the table of routes
+#
+# A route is a row: method, path, handler, query parameters. Dispatch, 404, 405, OPTIONS and HEAD come from the table.
+# Handlers turn requests into calls of the pipeline and results into answers; what goes wrong on the way is an exception
+# of the section where it went wrong, and `_problem` is the one place that knows its status.
+#
+# Knows §1, §2, §4, §5. Knows no sockets and no SQL.
+#
+#   * Every answer that is not a success is application/problem+json (RFC 9457).
+#   * A query parameter that the route does not know is refused: a misspelt filter must not list everything.
+# ======================================================================================================================
+
+class Route(NamedTuple):
+    """One row of the table. A path part in braces takes one segment; {topic} takes all that are left over."""
+    method: str
+    path: str
+    handler: str
+    parameters: Tuple[str, ...]
+    summary: str
+
+
+ROUTES = (
+    Route("GET", "/", "index", (), "What this is and where to go"),
+    Route("POST", "/publish", "publish", ("wait", "verdicts", "topic", "source"), "Publish one event or many"),
+    Route("PUT", "/events/{topic}/{event_id}", "put_event", ("timestamp", "source"), "Publish one event under its identity"),
+    Route("GET", "/events", "list_events", ("topic", "source", "since", "until", "limit", "cursor", "order"),
+          "List events by time"),
+    Route("GET", "/events/{topic}/{event_id}", "get_event", (), "Read one event"),
+    Route("GET", "/stats", "stats", (), "The books, and the topics"),
+    Route("GET", "/health", "health", (), "Whether events can be stored right now"),
+)
+
+_ERROR_PROBLEMS: Tuple[Tuple[type, str], ...] = (
+    (NotJSON, "not-json"), (InvalidEvents, "invalid-event"), (BatchTooLarge, "batch-too-large"), (QueueFull, "queue-full"),
+    (Stopping, "stopping"), (StoreFailed, "store-unavailable"))
+_DURATION = re.compile(r"([0-9]{1,9})(us|ms|s|m|h|d|w|)")
+_DURATION_US = {"us": 1, "ms": 1000, "s": 1_000_000, "": 1_000_000, "m": 60_000_000, "h": 3_600_000_000,
+                "d": 86_400_000_000, "w": 604_800_000_000}
+_CURSOR = re.compile(r"([ad])(-?[0-9]{1,18})\.([0-9]{1,18})")
+
+
+def parse_duration(text: str) -> int:
+    """`90s`, `10m`, `2h`, `7d`, `1w` or plain seconds, to microseconds. Raises ValueError.
+
+    >>> parse_duration("10m")
+    600000000
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError("is not a duration such as 30s, 10m, 2h or 7d")
+    return int(match[1]) * _DURATION_US[match[2]]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+
+
+def problem(error: HTTPError) -> Response:
+    """Problem details (RFC 9457) for a refusal. `type` is where the reference explains it."""
+    status, title = PROBLEMS[error.problem]
+    body: Dict[str, Any] = {"type": "/docs#" + error.problem, "title": title, "status": status, "detail": error.detail}
+    if error.errors:
+        body["errors"] = list(error.errors)
+    headers = error.headers
+    if status == 503:
+        headers += (("Retry-After", str(RETRY_AFTER_S)),)
+    return Response(status, _json(body), "application/problem+json", headers)
+
+
+def _problem(error: Exception) -> Response:
+    """Any exception of a handler to its answer: the one table from errors to statuses."""
+    if isinstance(error, HTTPError):
+        return problem(error)
+    for kind, name in _ERROR_PROBLEMS:
+        if isinstance(error, kind):
+            if isinstance(error, InvalidEvents):
+                listed = [fault._asdict() for fault in error.faults[:MAX_FAULTS]]
+                return problem(HTTPError(name, "{} found in the events; nothing was taken{}".format(
+                    error, "" if len(listed) == len(error.faults) else ", and the first {} are listed".format(MAX_FAULTS)),
+                    errors=listed))
+            return problem(HTTPError(name, str(error)))
+    log.error("a bug while answering a request", exc_info=error)
+    return problem(HTTPError("internal-error", "this is our fault; the log says more"))
+
+
+class API:
+    """Answers requests. `clock` gives microseconds since 1970 UTC, `random_id` a fresh event id."""
+
+    def __init__(self, pipeline: Pipeline, clock: Callable[[], int], random_id: Callable[[], str]) -> None:
+        self._pipeline = pipeline
+        self._clock = clock
+        self._random_id = random_id
+        self._started = clock()
+        self._exact: Dict[str, Dict[str, Route]] = {}
+        self._under_events: Dict[str, Route] = {}
+        for route in ROUTES:
+            target = self._under_events if "{" in route.path else self._exact.setdefault(route.path, {})
+            target[route.method] = route
+
+    async def answer(self, request: Request, peer: str) -> Response:
+        """The response to a request from the address `peer`. Never raises (but for cancellation)."""
+        try:
+            routes = self._exact.get("/" + "/".join(request.path))
+            if routes is None and request.path[0] == "events" and len(request.path) >= 3:
+                routes = self._under_events
+            if request.method == "OPTIONS":
+                return self._options(request, routes)
+            if routes is None:
+                raise HTTPError("not-found", "there is no {}; GET / lists what there is".format(
+                    _shown("/" + "/".join(request.path))))
+            route = routes.get("GET" if request.method == "HEAD" else request.method)
+            if route is None:
+                raise HTTPError("method-not-allowed", "use {}".format(_allow(routes)), (("Allow", _allow(routes)),))
+            for name in request.query:
+                if name not in route.parameters:
+                    raise HTTPError("bad-parameter", "{} has no parameter {}; it has: {}".format(
+                        route.path, _shown(name), ", ".join(route.parameters) or "none"))
+            response: Response = await getattr(self, "_" + route.handler)(request, peer)
+            return response
+        except Exception as error:
+            return _problem(error)
+
+    def _options(self, request: Request, routes: Optional[Dict[str, Route]]) -> Response:
+        if request.path == ("*",):
+            routes = {route.method: route for route in ROUTES}
+        if routes is None:
+            raise HTTPError("not-found", "there is nothing here to ask about; GET / lists what there is")
+        return Response(204, headers=(("Allow", _allow(routes)),))
+
+    async def _index(self, request: Request, peer: str) -> Response:
+        return Response(200, _json({
+            "service": "aggregator", "version": __version__, "routes": [
+                {"method": route.method, "path": route.path, "summary": route.summary} for route in ROUTES]}))
+
+    async def _publish(self, request: Request, peer: str) -> Response:
+        wait, explain = _flag(request, "wait", True), _flag(request, "verdicts", False)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+        if kind == "text/plain":
+            events = self._text_events(request)
+        else:
+            for name in ("topic", "source"):
+                if name in request.query:
+                    raise HTTPError("bad-parameter", "{} goes with Content-Type: text/plain; a JSON event names its own"
+                                    .format(name))
+            events = parse_events(request.body)
+        verdicts = await self._pipeline.publish(events, len(request.body), wait)
+        if verdicts is None:
+            return Response(202, b'{"status":"accepted","accepted":%d,"stored":false}\n' % len(events))
+        unique = sum([verdict.kind == "new" for verdict in verdicts])
+        conflicts = sum([verdict.kind == "conflict" for verdict in verdicts])
+        body = '{{"status":"accepted","accepted":{},"unique":{},"duplicates":{},"conflicts":{},"stored":true{}}}\n'.format(
+            len(events), unique, len(events) - unique, conflicts, "" if not explain else ',"events":' + json.dumps(
+                [{"topic": event.topic, "event_id": event.event_id, "verdict": verdict.kind, "seq": verdict.seq}
+                 for event, verdict in zip(events, verdicts)], ensure_ascii=False, separators=(",", ":")))
+        return Response(202, body.encode("utf-8"))
+
+    def _text_events(self, request: Request) -> List[Event]:
+        for name in ("topic", "source"):
+            if name not in request.query:
+                raise HTTPError("bad-parameter", "text/plain needs ?topic= and ?source=: {} is missing".format(name))
+        key = request.headers.get("idempotency-key")
+        return events_from_lines(decode_text(request.body), request.query["topic"], request.query["source"], self._clock(),
+                                 (lambda number: self._random_id()) if key is None else (
+                                     lambda number: "{}:{}".format(key, number)))
+
+    async def _put_event(self, request: Request, peer: str) -> Response:
+        text = decode_text(request.body)
+        try:
+            values = json_values(text)
+        except NotJSON:
+            values = []
+        payload = values[0] if len(values) == 1 and isinstance(values[0], dict) else {"message": text}
+        events = read_events([{
+            "topic": "/".join(request.path[1:-1]), "event_id": request.path[-1], "payload": payload,
+            "timestamp": request.query["timestamp"].replace(" ", "+") if " " in request.query.get("timestamp", "")[11:]
+            else request.query.get("timestamp", format_timestamp(self._clock())),
+            "source": request.query.get("source", peer)}])
+        verdicts = await self._pipeline.publish(events, len(request.body))
+        assert verdicts is not None
+        if verdicts[0].kind == "conflict":
+            raise HTTPError("conflict", "event_id {} of topic {} is stored as seq {} with another source or payload, which"
+                            " stays: choose another event_id".format(_shown(events[0].event_id), _shown(events[0].topic),
+                                                                     verdicts[0].seq))
+        return Response(201 if verdicts[0].kind == "new" else 200, _json({
+            "topic": events[0].topic, "event_id": events[0].event_id, "verdict": verdicts[0].kind, "seq": verdicts[0].seq}))
+
+    async def _list_events(self, request: Request, peer: str) -> Response:
+        query = self._event_query(request)
+        accepted = [part.partition(";")[0].strip(" \t").lower() for part in request.headers.get("accept", "").split(",")]
+        if "application/x-ndjson" in accepted:
+            if "limit" not in request.query:
+                query = query._replace(limit=PAGE_MAX)
+            first = await self._pipeline.page(query, "\n")  # here, so that a failure is still a 503 and not half a list
+            return Response(200, self._lines(query, first, "limit" in request.query), "application/x-ndjson")
+        page = await self._pipeline.page(query)
+        following = "null" if page.next is None else '"{}{}.{}"'.format("d" if query.descending else "a", *page.next)
+        return Response(200, '{{"count":{},"events":[{}],"next":{}}}\n'.format(page.count, page.text, following).encode("utf-8"))
+
+    async def _lines(self, query: EventQuery, page: Page, limited: bool) -> AsyncIterator[bytes]:
+        """All pages, one in memory at a time; up to `query.limit` events if `limited`, else to the end."""
+        left = query.limit
+        while True:
+            if page.count:
+                yield page.text.encode("utf-8") + b"\n"
+            left -= page.count
+            if page.next is None or limited and left <= 0:
+                return
+            query = query._replace(after=page.next, limit=left if limited else PAGE_MAX)
+            page = await self._pipeline.page(query, "\n")
+
+    def _event_query(self, request: Request) -> EventQuery:
+        get = request.query.get
+        topic, order = get("topic"), get("order", "asc")
+        if order not in ("asc", "desc"):
+            raise HTTPError("bad-parameter", "order must be asc or desc, not {}".format(_shown(order)))
+        limit = get("limit", str(PAGE_DEFAULT))
+        if re.fullmatch("[0-9]{1,9}", limit) is None or not 1 <= int(limit) <= PAGE_MAX:
+            raise HTTPError("bad-parameter", "limit must be a number from 1 to {}, not {}".format(PAGE_MAX, _shown(limit)))
+        after = None
+        if "cursor" in request.query:
+            match = _CURSOR.fullmatch(request.query["cursor"])
+            if match is None or (match[1] == "d") != (order == "desc"):
+                raise HTTPError("bad-parameter", "cursor must be the `next` of an answer in the same order, not {}".format(
+                    _shown(request.query["cursor"])))
+            after = (int(match[2]), int(match[3]))
+        prefix = topic is not None and topic.endswith("*")
+        return EventQuery(topic[:-1] if topic is not None and prefix else topic, prefix, get("source"),
+                          self._instant(request, "since"), self._instant(request, "until"), int(limit), after,
+                          order == "desc")
+
+    def _instant(self, request: Request, name: str) -> Optional[int]:
+        """`since` or `until`: an instant, or how long ago. Raises HTTPError."""
+        text = request.query.get(name)
+        if text is None:
+            return None
+        if _DURATION.fullmatch(text) and not text.isdigit():
+            return self._clock() - parse_duration(text)
+        try:
+            return parse_timestamp(_mend_offset(text))
+        except ValueError as error:
+            raise HTTPError("bad-parameter", "{} {}, nor a duration such as 10m, 2h or 7d: {}".format(
+                name, error, _shown(text)))
+
+    async def _get_event(self, request: Request, peer: str) -> Response:
+        topic, event_id = "/".join(request.path[1:-1]), request.path[-1]
+        text = await self._pipeline.event(topic, event_id)
+        if text is None:
+            raise HTTPError("no-such-event", "no event {} was ever stored under topic {}".format(_shown(event_id),
+                                                                                              _shown(topic)))
+        return Response(200, text.encode("utf-8") + b"\n")
+
+    async def _stats(self, request: Request, peer: str) -> Response:
+        found = await self._pipeline.stats()
+        return Response(200, _json({**found, "uptime_seconds": round((self._clock() - self._started) / 1e6, 3),
+                                    "version": __version__, "limits": {"queue_max_size": self._pipeline.max_events}}))
+
+    async def _health(self, request: Request, peer: str) -> Response:
+        reason = await self._pipeline.health()
+        if reason:
+            raise HTTPError("store-unavailable", reason)
+        return Response(200, b'{"status":"ok"}\n')
+
+
+def _allow(routes: Dict[str, Route]) -> str:
+    return ", ".join(sorted(set(routes) | {"OPTIONS"} | ({"HEAD"} if "GET" in routes else set())))
+
+
+def _flag(request: Request, name: str, default: bool) -> bool:
+    text = request.query.get(name, "1" if default else "0").lower()
+    if text not in ("0", "1", "true", "false"):
+        raise HTTPError("bad-parameter", "{} must be 0 or 1, not {}".format(name, _shown(text)))
+    return text in ("1", "true")
+
+
+def _mend_offset(text: str) -> str:
+    """An offset's + that a query string has turned into a blank, back to a +.
+
+    >>> _mend_offset("2026-01-01T10:00:00 02:00")
+    '2026-01-01T10:00:00+02:00'
+    """
+    return re.sub(r"(?<=[0-9]) ([0-9]{2}:?(?:[0-9]{2})?)\Z", r"+\1", text) if len(text) > 16 else text
+
+
+# ======================================================================================================================
+# §7  Server: sockets, deadlines, shutdown
+#
+# One coroutine for each connection: read, feed the parser, have the request answered, write, again. Deadlines are kept
+# by one sweeper for all connections instead of a timer for each read, so they cost nothing per request and a client
+# that sends a byte a second cannot renew them.
+#
+# Knows §1, §4 (to start and stop it), §5 and §6. Knows no routes and no JSON.
+#
+#   * Requests of a connection are answered in order, one at a time; a flood of them only fills the client's own socket.
+#   * After an error or a "close" nothing more of that connection is read as a request.
+#   * A client that is refused while still sending gets its answer before the reset (RFC 9112 §9.6): half-close, drain.
+# ======================================================================================================================
+
+class _Connection:
+    """What the sweeper needs to know of one connection. Instants are the loop's, in seconds."""
+    __slots__ = ("task", "writer", "phase", "since", "progress", "received", "expired", "peer")
+
+    def __init__(self, task: "asyncio.Task[Any]", writer: asyncio.StreamWriter, now: float) -> None:
+        self.task = task
+        self.writer = writer
+        self.peer = str((writer.get_extra_info("peername") or ("unknown",))[0])
+        self.phase = "idle"  # idle, head, body, work, write
+        self.since = now  # when the phase began
+        self.progress = now  # when bytes came last
+        self.received = 0  # bytes of this body
+        self.expired = ""
+
+    def enter(self, phase: str, now: float) -> None:
+        if phase != self.phase:
+            self.phase = phase
+            self.since = self.progress = now
+            self.received = 0
+
+    def overdue(self, now: float) -> str:
+        """Why this connection has waited long enough, or ""."""
+        age = now - self.since
+        if self.phase == "idle":
+            return "idle" if age > IDLE_TIMEOUT_S else ""
+        if self.phase == "head":
+            return "the request head took longer than {:.0f} s".format(HEAD_TIMEOUT_S) if age > HEAD_TIMEOUT_S else ""
+        if self.phase == "body":
+            if now - self.progress > BODY_STALL_TIMEOUT_S:
+                return "no byte of the body came for {:.0f} s".format(BODY_STALL_TIMEOUT_S)
+            if age > BODY_GRACE_S and self.received < age * BODY_MIN_BYTES_PER_S:
+                return "the body came slower than {} bytes/s".format(BODY_MIN_BYTES_PER_S)
+        return "write" if self.phase == "write" and age > WRITE_TIMEOUT_S else ""
+
+
+class Server:
+    """Serves `api` on a socket. `clock_s` gives seconds since 1970."""
+
+    def __init__(self, api: API, clock_s: Callable[[], float], max_body_bytes: int = MAX_BODY_BYTES,
+                 max_connections: int = MAX_CONNECTIONS) -> None:
+        self._api = api
+        self._clock_s = clock_s
+        self._max_body = max_body_bytes
+        self._max_connections = max_connections
+        self._connections: Set[_Connection] = set()
+        self._stopping = False
+        self._date = (0, "")
+
+    async def bind(self, host: str, port: int) -> List[str]:
+        """Bind without listening yet; returns the addresses. Raises OSError."""
+        self._server = await asyncio.start_server(self._serve, host, port, limit=READ_BYTES, backlog=1024,
+                                                  start_serving=False)
+        return [("[{}]:{}" if ":" in name[0] else "{}:{}").format(*name[:2])
+                for name in (sock.getsockname() for sock in self._server.sockets or [])]
+
+    async def listen(self) -> None:
+        """Start taking connections. Raises OSError."""
+        await self._server.start_serving()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+
+    async def stop(self, timeout_s: float) -> None:
+        """Take no more connections, close idle ones, let requests under way finish for `timeout_s`, then cut them off."""
+        self._stopping = True
+        self._server.close()
+        for connection in self._connections:
+            if connection.phase == "idle":
+                connection.task.cancel()
+        tasks = {connection.task for connection in self._connections}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=1.0)
+        self._sweeper.cancel()
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            now = loop.time()
+            for connection in list(self._connections):
+                reason = connection.overdue(now)
+                if reason and not connection.expired:
+                    connection.expired = reason
+                    if reason == "write":
+                        connection.writer.transport.abort()
+                    else:
+                        connection.task.cancel()  # it waits in a read; `_serve` turns this into an answer
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connection = _Connection(task, writer, asyncio.get_running_loop().time())
+        if len(self._connections) >= self._max_connections:
+            refusal = HTTPError("too-many-connections", "{} connections are open: try again".format(len(self._connections)))
+            await self._farewell(connection, reader, refusal)
+            return
+        self._connections.add(connection)
+        try:
+            await self._converse(connection, reader)
+        except HTTPError as error:
+            await self._farewell(connection, reader, error)
+        except asyncio.CancelledError:  # by the sweeper or by `stop`; this task ends here in any case
+            if connection.expired and connection.phase in ("head", "body"):
+                await self._farewell(connection, reader, HTTPError("timeout", connection.expired + ": send it faster"))
+        except (ConnectionError, TimeoutError, OSError):
+            pass  # the client is gone
+        finally:
+            self._connections.discard(connection)
+            writer.close()
+
+    async def _converse(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
+        """Requests and answers until either side has had enough. Raises HTTPError for what cannot be read on."""
+        parser = RequestParser(self._max_body)
+        loop, writer = asyncio.get_running_loop(), connection.writer
+        in_a_row = 0
+        while True:
+            request = parser.next_request()
+            if request is None:
+                if parser.wants_continue:
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    parser.wants_continue = False
+                connection.enter(parser.phase, loop.time())
+                if self._stopping and parser.phase == "idle":
+                    return
+                data = await reader.read(READ_BYTES)
+                if not data:
+                    if parser.phase != "idle":
+                        _refuse("the connection was closed in the middle of a request")
+                    return
+                parser.feed(data)
+                if connection.phase == "idle":
+                    connection.enter("head", loop.time())
+                connection.progress = loop.time()
+                connection.received += len(data)
+                in_a_row = 0
+                continue
+            connection.enter("work", 0.0)
+            response = await self._api.answer(request, connection.peer)
+            keep_alive = request.keep_alive and not self._stopping
+            connection.enter("write", loop.time())
+            keep_alive = await self._write(connection, request, response, keep_alive)
+            if not keep_alive:
+                await self._linger(connection, reader)
+                return
+            in_a_row += 1
+            if in_a_row % 16 == 0:  # neither read nor write need have waited: let the others have a turn
+                await asyncio.sleep(0)
+
+    async def _write(self, connection: _Connection, request: Request, response: Response, keep_alive: bool) -> bool:
+        """Send an answer; whether the connection may be kept after it."""
+        writer, body = connection.writer, response.body
+        head_only, chunked = request.method == "HEAD", not request.http_1_0
+        if not isinstance(body, bytes) and request.http_1_0:
+            keep_alive = False
+        writer.write(encode_response(response, self._now(), keep_alive, head_only, chunked))
+        if not isinstance(body, bytes) and not head_only:
+            loop = asyncio.get_running_loop()
+            try:
+                async for piece in body:
+                    writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+                    connection.phase, connection.since = "write", loop.time()
+                    await writer.drain()
+            except StoreFailed as error:  # the status is long gone: an unfinished body is the only honest signal left
+                log.error("a list was cut off: %s", error)
+                writer.transport.abort()
+                return False
+            if chunked:
+                writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        return keep_alive
+
+    async def _farewell(self, connection: _Connection, reader: asyncio.StreamReader, error: HTTPError) -> None:
+        """Answer once and close."""
+        connection.writer.write(encode_response(problem(error), self._now(), False))
+        await self._linger(connection, reader)
+
+    async def _linger(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
+        """Close without losing the answer: a reset would take it from the client's buffer (RFC 9112 §9.6)."""
+        writer, loop = connection.writer, asyncio.get_running_loop()
+        connection.enter("linger", loop.time())
+        try:
+            await asyncio.wait_for(writer.drain(), LINGER_TIMEOUT_S)
+            if writer.can_write_eof():
+                writer.write_eof()
+            end = loop.time() + LINGER_TIMEOUT_S
+            while await asyncio.wait_for(reader.read(READ_BYTES), max(0.0, end - loop.time())):
+                pass
+        except (OSError, asyncio.TimeoutError):
+            pass
+
+    def _now(self) -> str:
+        """The Date field, made anew once a second."""
+        now = self._clock_s()
+        if int(now) != self._date[0]:
+            self._date = (int(now), http_date(now))
+        return self._date[1]
+
+
+# ======================================================================================================================
+# §8  Command line
+#
+# Settings are one table: flag, environment variable, default, how to read it, what it means. Everything starts and stops
+# here, in order.
+# ======================================================================================================================
+
+class Setting(NamedTuple):
+    """One setting: `--flag` on the command line, else `variable` from the environment, else `default`."""
+    flag: str
+    variable: str
+    default: str
+    read: Callable[[str], Any]
+    meaning: str
+
+
+def _read_number(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if re.fullmatch("[0-9]{1,18}", text) is None or not least <= int(text) <= most:
+            raise ValueError("must be a number from {} to {}".format(least, most))
+        return int(text)
+    return read
+
+
+def _read_choice(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError("must be one of {}".format(", ".join(choices)))
+        return text.lower()
+    return read
+
+
+def _read_text(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+SETTINGS = (
+    Setting("--host", "HOST", "127.0.0.1", _read_text, "address to listen on; 0.0.0.0 for all"),
+    Setting("--port", "PORT", "8000", _read_number(0, 65535), "port to listen on; 0 for any free one"),
+    Setting("--db", "DB_PATH", "dedup_store.db", _read_text, "file of the store"),
+    Setting("--queue-max-size", "QUEUE_MAX_SIZE", str(QUEUE_MAX_EVENTS), _read_number(1, 10_000_000),
+            "events that may wait to be committed"),
+    Setting("--max-events-per-topic", "MAX_EVENTS_PER_TOPIC", "0", _read_number(0, 10 ** 15),
+            "keep the newest so many events of each topic; 0 keeps all"),
+    Setting("--retention", "RETENTION", "0", parse_duration, "keep events for so long (30m, 12h, 7d); 0 for ever"),
+    Setting("--max-body", "MAX_BODY", str(MAX_BODY_BYTES), _read_number(1, 2 ** 30), "bytes of one body, also inflated"),
+    Setting("--sync", "SYNC", "full", _read_choice("full", "normal"),
+            "full: 202 survives a power cut; normal: only a crash of the process"),
+    Setting("--log-level", "LOG_LEVEL", "INFO", lambda text: _read_choice("debug", "info", "warning", "error")(text).upper(),
+            "debug, info, warning or error"),
+)
+
+
+def read_settings(arguments: Sequence[str], environment: Dict[str, str]) -> Dict[str, Any]:
+    """Flags over environment over defaults, by flag name without dashes. Exits with a message on a bad one."""
+    parser = argparse.ArgumentParser(prog="aggregator.py", description="Take in events over HTTP, store each exactly once.",
+                                     allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=versions())
+    for setting in SETTINGS:
+        parser.add_argument(setting.flag, metavar=setting.variable, help="{} (environment: {}; default: {})".format(
+            setting.meaning, setting.variable, setting.default).replace("%", "%%"))
+    given = vars(parser.parse_args(arguments))
+    settings = {}
+    for setting in SETTINGS:
+        name = setting.flag[2:].replace("-", "_")
+        text, origin = given[name], setting.flag
+        if text is None and environment.get(setting.variable, "") != "":
+            text, origin = environment[setting.variable], "environment variable " + setting.variable
+        try:
+            settings[name] = setting.read(setting.default if text is None else text)
+        except ValueError as error:
+            parser.exit(2, "aggregator.py: {} {}: {}\n".format(origin, error, _shown(text)))
+    return settings
+
+
+def versions() -> str:
+    """What is running: our version, Python's, SQLite's."""
+    return "aggregator {} (Python {}, SQLite {})".format(__version__, sys.version.split()[0], sqlite3.sqlite_version)
+
+
+def _clock_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _random_id() -> str:
+    """A random UUID (RFC 9562 version 4) without the uuid module, which small systems do not have."""
+    value = int.from_bytes(os.urandom(16), "big") & ~(0xf << 76 | 3 << 62) | 4 << 76 | 2 << 62
+    text = "{:032x}".format(value)
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+async def serve(settings: Dict[str, Any]) -> int:
+    """Run until SIGTERM or SIGINT; the exit status. Raises OSError and StoreError for what keeps it from starting."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)  # asked twice: now. What is acknowledged is on disk
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    pipeline = Pipeline(lambda: Store(settings["db"], settings["sync"] == "full", settings["max_events_per_topic"],
+                                      settings["retention"]), _clock_us, settings["queue_max_size"])
+    server = Server(API(pipeline, _clock_us, _random_id), time.time, settings["max_body"])
+    addresses = await server.bind(settings["host"], settings["port"])  # first, so that a taken port leaves the file alone
+    await pipeline.start()
+    await server.listen()
+    log.info("LISTENING - http://%s, store %s, %s", ", http://".join(addresses), os.path.realpath(settings["db"]), versions())
+    await stop.wait()
+    log.info("STOPPING - 1. no more connections, 2. finish requests, 3. drain the queue, 4. commit, 5. close")
+    started = loop.time()
+    await server.stop(STOP_REQUESTS_S)
+    drained = await pipeline.stop(STOP_DRAIN_S)
+    log.info("STOPPED - after %.2f s%s", loop.time() - started, "" if drained else "; the queue was not empty")
+    return 0 if drained else 1
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The program; its exit status."""
+    if sys.version_info < (3, 8):
+        sys.stderr.write("aggregator.py: this is Python {}; 3.8 or newer is needed\n".format(sys.version.split()[0]))
+        return 2
+    settings = read_settings(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
+    logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    # The worker waits one switch interval for the GIL at each statement; 5 ms, the default, would be its whole budget.
+    sys.setswitchinterval(0.0005)
+    try:
+        return asyncio.run(serve(settings))
+    except (StoreError, OSError, OverflowError) as error:
+        where = "{}:{}: ".format(settings["host"], settings["port"]) if isinstance(error, OSError) else ""
+        sys.stderr.write("aggregator.py: {}{}\n".format(where, getattr(error, "strerror", None) or error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
