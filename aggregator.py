@@ -80,6 +80,8 @@ HEADS_KEPT = 128  # parsed heads remembered by their bytes, at most 4 MB of them
 QUEUE_MAX_EVENTS = 10_000  # default of --queue-max-size
 QUEUE_MAX_BYTES = 32 * 1024 * 1024  # of the bodies behind the queued events, so that few large events are bounded too
 GROUP_MAX_EVENTS = 2000  # one commit takes all that waits up to here: past it a longer transaction gains nothing
+GATHER_EVENTS = 100  # below it, a group that had company last time waits for GATHER_PASSES turns of the loop (not for a
+GATHER_PASSES = 12  # timer): handing work to a thread costs as much as storing ten events
 RETRY_AFTER_S = 1  # a full queue is drained in well under a second
 QUIET_GROUP_EVENTS = 5  # up to here the consumer logs each event at INFO, above it one line for the group
 
@@ -187,7 +189,6 @@ class InvalidEvents(ValueError):
 
 _NAME = re.compile("[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BLANKS = re.compile("[ \t\r\n]*")  # JSON's white space, no more (RFC 8259 §2)
 _TIMESTAMP = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})(?:[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)"
                         r"(?:(?<=:[0-9]{2}:[0-9]{2})[.,]([0-9]{1,30}))?(Z|[+-][0-9]{2}(?::?[0-9]{2})?)?)?")
 _EPOCH_DAY = datetime.date(1970, 1, 1).toordinal()
@@ -257,6 +258,16 @@ _DECODER = json.JSONDecoder(parse_int=_integer)
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal content. Raises ValueError for NaN and Infinity, RecursionError for depth."""
+    return _ENCODER.encode(value) if _c_encode is None else "".join(_c_encode(value, 0))
+
+
+# JSONEncoder.encode makes this object anew at each call, which costs as much as the encoding itself.
+_c_encode = None if json.encoder.c_make_encoder is None else json.encoder.c_make_encoder(
+    None, None, json.encoder.encode_basestring, None, ":", ",", True, False, False)
+
+
 def decode_text(body: bytes) -> str:
     """UTF-8 to text. Raises NotJSON that names the first offending byte. A byte order mark is refused too: RFC 8259
     §8.1 forbids it, and what is behind one is often not UTF-8."""
@@ -276,7 +287,8 @@ def json_values(text: str) -> List[Any]:
     [{'a': 1}, {'b': 2}, [3]]
     """
     values: List[Any] = []
-    at, end = _BLANKS.match(text).end(), len(text)  # type: ignore[union-attr]
+    text = text.strip(" \t\r\n")  # JSON's white space, no more (RFC 8259 §2)
+    at, end = 0, len(text)
     while at < end:
         try:
             value, at = _DECODER.raw_decode(text, at)
@@ -286,7 +298,8 @@ def json_values(text: str) -> List[Any]:
             raise NotJSON("at line {}, column {}: {}; what stands there is {}".format(
                 error.lineno, error.colno, error.msg[:1].lower() + error.msg[1:], _shown(text[error.pos:error.pos + 20])))
         values.append(value)
-        at = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+        while at < end and text[at] in " \t\r\n":
+            at += 1
     return values
 
 
@@ -381,7 +394,7 @@ def _read_payload(value: Any) -> str:
     if not isinstance(value, dict):
         raise ValueError("must be an object")
     try:
-        text = _ENCODER.encode(value)
+        text = canonical_json(value)
     except ValueError:
         raise ValueError("must not hold NaN, Infinity or a number beyond 1e308")
     except RecursionError:
@@ -502,15 +515,33 @@ class StoreFailed(Exception):
     """A read or write failed and left the store as it was; trying again later may help."""
 
 
+class Record(NamedTuple):
+    """An event with its key (of its identity) and its fingerprint (of its content): what the store is given."""
+    key: bytes
+    fingerprint: int
+    topic: str
+    event_id: str
+    timestamp: int
+    source: str
+    payload: str
+    sequence: Optional[int]
+
+
 class Verdict(NamedTuple):
     """What became of one event: `new`, `duplicate`, or `conflict` (the identity is known with another source or
-    payload); the `seq` and arrival (`first_seen`, microseconds) of the event stored under its identity; where the key was
-    `found` (recent, seen, batch, or nowhere); and the key."""
+    payload); the `seq` and arrival (`first_seen`, microseconds) of the event stored under its identity; and where its key
+    was `found`: nowhere, recent, seen, or batch (earlier in the same group)."""
     kind: str
     seq: int
     first_seen: int
     found: str
-    key: bytes
+
+
+class Decision(NamedTuple):
+    """What a commit did: the repeats by index, in order; everything else is new, with consecutive seqs from `first_seq`."""
+    first_seq: int
+    now_us: int
+    repeats: List[Tuple[int, Verdict]]
 
 
 APPLICATION_ID = 0x41474752  # "AGGR" in the file header (SQLite file format §1.3.16)
@@ -541,7 +572,7 @@ _LOOK_UP = ("WITH wanted(k) AS (VALUES {rows}) SELECT json_group_array(json_arra
             " found)) FROM (SELECT k, seq, fingerprint, first_seen, 'recent' AS found FROM wanted CROSS JOIN recent.ids AS r"
             " ON r.key = k UNION ALL SELECT k, seq, fingerprint, first_seen, 'seen' FROM wanted CROSS JOIN seen AS s"
             " ON s.key = k)")
-_APPEND = ("INSERT INTO processed_events(seq, key, fingerprint, processed_at, topic, event_id, timestamp, source, payload,"
+_APPEND = ("INSERT INTO processed_events(seq, processed_at, key, fingerprint, topic, event_id, timestamp, source, payload,"
            " sequence) VALUES {rows}")
 _LEARN = "INSERT INTO recent.ids SELECT key, seq, fingerprint, processed_at FROM processed_events WHERE seq > ? ORDER BY key"
 _RECOVER = _LEARN.replace("ORDER", "AND seq > (SELECT through FROM progress WHERE part = hex(substr(key, 1, 1))) ORDER")
@@ -589,6 +620,12 @@ def fingerprint(source: str, payload: str) -> int:
                           signed=True)
 
 
+def record(event: Event) -> Record:
+    """An event with what identifies it. Done by the publisher's side: what Python the writer's thread runs, it has to
+    fight the event loop for."""
+    return Record(identity(event[0], event[1]), fingerprint(event[3], event[4]), *event)
+
+
 def _connect(path: str, **options: Any) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS_KEPT, **options)
 
@@ -598,9 +635,10 @@ def _in_rows(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any
     that a group takes one or two calls and the texts are few enough to stay prepared. Yields the first column of each
     call's first row, if it has one."""
     width, at = len(rows[0]), 0
-    most = min(512, _MAX_VARIABLES // width // 64 * 64)
+    most = min(2048, _MAX_VARIABLES // width // 64 * 64)
     while at < len(rows):
-        n = min(most, (len(rows) - at) // 64 * 64 or len(rows) - at)
+        left = len(rows) - at
+        n = min(most, left // 256 * 256 or left // 64 * 64 or left)
         found = db.execute(_with_rows(statement, n, width),
                            list(itertools.chain.from_iterable(rows[at:at + n]))).fetchone()
         if found is not None:
@@ -765,51 +803,53 @@ class Store:
         """Events decided since the store was made."""
         return int(self._db.execute("SELECT uniques + duplicates FROM stats WHERE kind = 'total'").fetchone()[0])
 
-    def commit(self, events: Sequence[Event], now_us: int) -> List[Verdict]:
-        """Decide, store and count a batch in one transaction; a verdict for each event, in order."""
-        keys = [identity(event.topic, event.event_id) for event in events]
-        prints = [fingerprint(event.source, event.payload) for event in events]
+    def commit(self, records: Sequence[Record], now_us: int) -> Decision:
+        """Decide, store and count a batch in one transaction."""
         with _Transaction(self._db):
-            verdicts = self._decide(keys, prints, now_us)
-            fresh = [(verdict.seq, verdict.key, own, now_us) + event for verdict, own, event in zip(verdicts, prints, events)
-                     if verdict.kind == "new"]
+            repeats = self._decide(records, now_us)
+            skip = {index for index, _ in repeats}
+            fresh = records if not skip else [each for index, each in enumerate(records) if index not in skip]
+            first_seq = self._state.last_seq + 1
             state = self._state._replace(last_seq=self._state.last_seq + len(fresh), recent=self._state.recent + len(fresh))
             if fresh:
-                _run(self._db, _APPEND, fresh)
+                _run(self._db, _APPEND, [(seq, now_us) + each for seq, each in enumerate(fresh, first_seq)])
                 self._db.execute(_LEARN, (self._state.last_seq,))
-            self._count(events, verdicts, now_us)
+            self._count(records, repeats, now_us)
             state = self._list(self._merge(state, len(fresh), now_us), LIST_ROWS)
             state = self._trim(state, now_us, 2 * len(fresh))
         self._state = state
-        return verdicts
+        return Decision(first_seq, now_us, repeats)
 
-    def _decide(self, keys: Sequence[bytes], prints: Sequence[int], now_us: int) -> List[Verdict]:
-        """A verdict for each event, in order; the second of two equals in one batch is a duplicate. New events get the
-        next seqs. Changes nothing."""
-        known: Dict[bytes, Tuple[int, int, int, str]] = {}
-        for found in _in_rows(self._db, _LOOK_UP, [(key,) for key in sorted(keys)]):
+    def _decide(self, records: Sequence[Record], now_us: int) -> List[Tuple[int, Verdict]]:
+        """The records that are known already, with their verdicts. The second of two equals in one batch is a duplicate.
+        Changes nothing."""
+        keys = [each[0] for each in records]
+        distinct = set(keys)
+        known: Dict[bytes, Tuple[int, int, int, str]] = {}  # seq, fingerprint, first_seen, found
+        for found in _in_rows(self._db, _LOOK_UP, list(zip(sorted(distinct)))):
             for key, *rest in json.loads(found):
                 known[bytes.fromhex(key)] = tuple(rest)  # type: ignore[assignment]
-        verdicts, seq = [], self._state.last_seq
-        for key, own in zip(keys, prints):
-            first = known.get(key)
+        if not known and len(distinct) == len(keys):
+            return []
+        repeats, seq = [], self._state.last_seq
+        for index, each in enumerate(records):
+            first = known.get(each.key)
             if first is None:
                 seq += 1
-                known[key] = (seq, own, now_us, "batch")
-                verdicts.append(Verdict("new", seq, now_us, "nowhere", key))
+                known[each.key] = (seq, each.fingerprint, now_us, "batch")
             else:
-                verdicts.append(Verdict("duplicate" if first[1] == own else "conflict", first[0], first[2], first[3], key))
-        return verdicts
+                kind = "duplicate" if first[1] == each.fingerprint else "conflict"
+                repeats.append((index, Verdict(kind, first[0], first[2], first[3])))
+        return repeats
 
-    def _count(self, events: Sequence[Event], verdicts: Sequence[Verdict], now_us: int) -> None:
+    def _count(self, records: Sequence[Record], repeats: Sequence[Tuple[int, Verdict]], now_us: int) -> None:
         """Totals, topics, sources and the delays of duplicates, in one statement."""
-        again = [(event, verdict) for event, verdict in zip(events, verdicts) if verdict.kind != "new"]
-        topics, sources = Counter([event.topic for event in events]), Counter([event.source for event in events])
-        topics_again = Counter([event.topic for event, _ in again])
-        sources_again = Counter([event.source for event, _ in again])
-        delays = Counter([_delay_bucket(now_us - verdict.first_seen) for _, verdict in again])
-        conflicts = sum([verdict.kind == "conflict" for _, verdict in again])
-        _run(self._db, _COUNT, [("total", "", len(events) - len(again), len(again), conflicts, 0)]
+        topics, sources = Counter([each.topic for each in records]), Counter([each.source for each in records])
+        topics_again = Counter([records[index].topic for index, _ in repeats])
+        sources_again = Counter([records[index].source for index, _ in repeats])
+        delays = Counter([_delay_bucket(now_us - verdict.first_seen) for _, verdict in repeats])
+        conflicts = sum([verdict.kind == "conflict" for _, verdict in repeats])
+        _run(self._db, _COUNT, [("total", "", len(records) - len(repeats), len(repeats), conflicts, 0)]
              + [("topic", name, n - topics_again[name], topics_again[name], 0, 0) for name, n in topics.items()]
              + [("source", name, n - sources_again[name], sources_again[name], 0, 0) for name, n in sources.items()]
              + [("delay", name, 0, n, 0, 0) for name, n in delays.items()])
@@ -1046,10 +1086,31 @@ class Stopping(Exception):
     """The service is shutting down and takes nothing more."""
 
 
+class Receipt(NamedTuple):
+    """What became of a batch of `count` events: repeats by index, everything else new from `first_seq` on; and of the group
+    it was committed with: its size in events, and how long the commit took, in microseconds."""
+    count: int
+    first_seq: int
+    repeats: List[Tuple[int, Verdict]]
+    now_us: int
+    group: int
+    commit_us: int
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """A verdict for each event, in order."""
+        repeats, seq = dict(self.repeats), self.first_seq
+        for index in range(self.count):
+            if index in repeats:
+                yield repeats[index]
+            else:
+                yield Verdict("new", seq, self.now_us, "nowhere")
+                seq += 1
+
+
 class _Batch(NamedTuple):
-    events: List[Event]
+    records: List[Record]
     size: int  # bytes of the body
-    done: "Optional[asyncio.Future[List[Verdict]]]"  # None: the publisher does not wait
+    done: "Optional[asyncio.Future[Receipt]]"  # None: the publisher does not wait
 
 
 class Pipeline:
@@ -1081,8 +1142,8 @@ class Pipeline:
         self._taken = await self._loop.run_in_executor(self._writer, self._store.received)
         self._tasks = [self._loop.create_task(self._consume()), self._loop.create_task(self._tidy())]
 
-    async def publish(self, events: List[Event], size: int, wait: bool = True) -> Optional[List[Verdict]]:
-        """Take a batch (`size` is the bytes it came in). With `wait`, return its verdicts once it is on disk; without,
+    async def publish(self, events: List[Event], size: int, wait: bool = True) -> Optional[Receipt]:
+        """Take a batch (`size` is the bytes it came in). With `wait`, return its receipt once it is on disk; without,
         return None once it is queued. Raises BatchTooLarge, QueueFull, Stopping, and StoreFailed (nothing stored)."""
         n = len(events)
         if n > self.max_events:
@@ -1095,48 +1156,63 @@ class Pipeline:
                 self._in_flight, self.max_events, n))
         # No await between the check and the put: no other publisher can come between.
         done = self._loop.create_future() if wait else None
-        self._queue.put_nowait(_Batch(events, size, done))
+        self._queue.put_nowait(_Batch([record(event) for event in events], size, done))
         self._in_flight += n
         self._in_flight_bytes += size
         self._taken += n
         return await done if done is not None else None
 
     async def _consume(self) -> None:
+        group: List[_Batch] = []
         while True:
+            several = len(group) > 1
             group = [await self._queue.get()]
-            count = len(group[0].events)
+            if several:  # the publishers just answered are about to send again: one larger group is cheaper than two
+                for _ in range(GATHER_PASSES):
+                    if self._in_flight >= GATHER_EVENTS:
+                        break
+                    await asyncio.sleep(0)
+            count = len(group[0].records)
             while count < GROUP_MAX_EVENTS and not self._queue.empty():
                 group.append(self._queue.get_nowait())
-                count += len(group[-1].events)
-            events = group[0].events if len(group) == 1 else [event for batch in group for event in batch.events]
-            outcome: Union[List[Verdict], Exception]
+                count += len(group[-1].records)
+            records = group[0].records if len(group) == 1 else [each for batch in group for each in batch.records]
+            started = self._loop.time()
+            outcome: Union[Decision, Exception]
             try:
-                outcome = await self._loop.run_in_executor(self._writer, self._store.commit, events, self._clock())
+                outcome = await self._loop.run_in_executor(self._writer, self._store.commit, records, self._clock())
                 self._failure = ""
             except Exception as error:  # whatever it is, the next group may go through
                 outcome = error if isinstance(error, StoreFailed) else StoreFailed("a commit failed: {!r}".format(error))
                 self._failure = str(outcome)
                 log.error("COMMIT FAILED - %d events of %d requests refused, nothing of them stored: %s", count,
                           len(group), outcome, exc_info=not isinstance(error, StoreFailed))
-            self._settle(group, outcome)
-            if isinstance(outcome, list):
-                _log_group(events, outcome)
+            self._settle(group, count, outcome, int((self._loop.time() - started) * 1e6))
+            if isinstance(outcome, Decision):
+                _log_group(records, outcome)
 
-    def _settle(self, group: List[_Batch], outcome: Union[List[Verdict], Exception]) -> None:
+    def _settle(self, group: List[_Batch], count: int, outcome: Union[Decision, Exception], commit_us: int) -> None:
         """Take a finished group off the books and answer its publishers. Not interruptible: it does not await."""
-        at = 0
+        at = taken = 0
         for batch in group:
-            n = len(batch.events)
+            n = len(batch.records)
             self._in_flight -= n
             self._in_flight_bytes -= batch.size
+            waits = batch.done is not None and not batch.done.done()
             if isinstance(outcome, Exception):
                 self._taken -= n
                 if batch.done is None:
                     log.error("LOST - %d events taken with wait=0 could not be stored", n)
-                elif not batch.done.done():
+                elif waits:
                     batch.done.set_exception(outcome)
-            elif batch.done is not None and not batch.done.done():
-                batch.done.set_result(outcome[at:at + n])
+            else:
+                repeats = []
+                while taken < len(outcome.repeats) and outcome.repeats[taken][0] < at + n:
+                    repeats.append((outcome.repeats[taken][0] - at, outcome.repeats[taken][1]))
+                    taken += 1
+                if waits and batch.done is not None:
+                    batch.done.set_result(Receipt(n, outcome.first_seq + at - taken + len(repeats), repeats, outcome.now_us,
+                                                  count, commit_us))
             at += n
             self._queue.task_done()
 
@@ -1201,22 +1277,23 @@ class Pipeline:
         return drained
 
 
-def _log_group(events: Sequence[Event], verdicts: Sequence[Verdict]) -> None:
+def _log_group(records: Sequence[Record], decision: Decision) -> None:
     """The consumer's log lines: one for each event of a small group, one for a large group as a whole."""
-    quiet = len(events) <= QUIET_GROUP_EVENTS
-    if not quiet and log.isEnabledFor(logging.INFO):
-        new = sum(verdict.kind == "new" for verdict in verdicts)
-        log.info("GROUP COMMITTED - events: %d, processed: %d, duplicates dropped: %d", len(events), new, len(events) - new)
-    level = logging.INFO if quiet else logging.DEBUG
-    enabled = log.isEnabledFor(level)
-    for event, verdict in zip(events, verdicts):
+    for index, verdict in decision.repeats:
         if verdict.kind == "conflict":
+            event = records[index]
             log.warning("CONFLICT - topic: %s, event_id: %s, source: %s: the identity is taken by seq %d with other content,"
                         " which stays", event.topic, event.event_id, event.source, verdict.seq)
-        if enabled:
+    quiet = len(records) <= QUIET_GROUP_EVENTS
+    if not quiet:
+        log.info("GROUP COMMITTED - events: %d, processed: %d, duplicates dropped: %d", len(records),
+                 len(records) - len(decision.repeats), len(decision.repeats))
+    level = logging.INFO if quiet else logging.DEBUG
+    if log.isEnabledFor(level):
+        dropped = {index for index, _ in decision.repeats}
+        for index, event in enumerate(records):
             log.log(level, "%s - topic: %s, event_id: %s, source: %s",
-                    "EVENT PROCESSED" if verdict.kind == "new" else "DUPLICATE DROPPED",
-                    event.topic, event.event_id, event.source)
+                    "DUPLICATE DROPPED" if index in dropped else "EVENT PROCESSED", event.topic, event.event_id, event.source)
 
 
 # ======================================================================================================================
@@ -1252,11 +1329,12 @@ class HTTPError(Exception):
 class Head(NamedTuple):
     """What stands before the body. `path` is the raw path split at "/" and percent-decoded, without the empty first part;
     `query` is decoded; header names are lower case, values of repeated fields are joined by ", " (RFC 9110 §5.3). `length`
-    is the body's in bytes, None for chunked. Heads are shared between requests: never change one."""
+    is the body's in bytes, None for chunked; `content_type` is without parameters, in lower case. Heads are shared between requests: never change one."""
     method: str
     path: Tuple[str, ...]
     query: Dict[str, str]
     headers: Dict[str, str]
+    content_type: str
     length: Optional[int]
     gzip: bool
     expects_continue: bool
@@ -1449,7 +1527,8 @@ def _parse_head(text: bytes) -> Head:
     expect = headers.get("expect", "").lower()
     if expect not in ("", "100-continue"):
         raise HTTPError("expectation-failed", "only Expect: 100-continue can be met")
-    return Head(method, path, query, headers, length, _content_coding(headers),
+    content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+    return Head(method, path, query, headers, content_type, length, _content_coding(headers),
                 bool(expect) and not http_1_0 and length != 0,
                 "close" not in connection and (not http_1_0 or "keep-alive" in connection), http_1_0)
 
@@ -1601,19 +1680,25 @@ def encode_response(response: Response, date: str, keep_alive: bool, head_only: 
     """The head, and the body if it is all there. RFC 9110 §8.6: 204 has no Content-Length; §9.3.2: HEAD gets the head
     that GET would; a stream is chunked, or ends with the connection for HTTP/1.0."""
     body = response.body
-    text = "HTTP/1.1 {} {}\r\nDate: {}\r\nServer: aggregator/{}\r\n".format(
-        response.status, REASONS[response.status], date, __version__)
-    if response.status != 204:
-        text += "Content-Type: {}\r\n".format(response.content_type)
-        if isinstance(body, bytes):
-            text += "Content-Length: {}\r\n".format(len(body))
-        elif chunked:
-            text += "Transfer-Encoding: chunked\r\n"
-    for name, value in response.headers:
-        text += "{}: {}\r\n".format(name, value)
-    text += "\r\n" if keep_alive else "Connection: close\r\n\r\n"
-    head = text.encode("latin-1")
+    length = len(body) if isinstance(body, bytes) else None
+    head = _encode_head(response.status, response.content_type, response.headers, length, date, keep_alive, chunked)
     return head + body if isinstance(body, bytes) and not head_only else head
+
+
+@functools.lru_cache(HEADS_KEPT)  # most answers of one second have the same head
+def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str], ...], length: Optional[int], date: str,
+                 keep_alive: bool, chunked: bool) -> bytes:
+    lines = ["HTTP/1.1 {} {}".format(status, REASONS[status]), "Date: " + date, "Server: aggregator/" + __version__]
+    if status != 204:
+        lines.append("Content-Type: " + content_type)
+        if length is not None:
+            lines.append("Content-Length: {}".format(length))
+        elif chunked:
+            lines.append("Transfer-Encoding: chunked")
+    lines += ["{}: {}".format(name, value) for name, value in headers]
+    if not keep_alive:
+        lines.append("Connection: close")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 # ======================================================================================================================
@@ -1753,26 +1838,20 @@ class API:
                 {"method": route.method, "path": route.path, "summary": route.summary} for route in ROUTES]}))
 
     async def _publish(self, request: Request, peer: str) -> Response:
-        wait, explain = _flag(request, "wait", True), _flag(request, "verdicts", False)
-        kind = request.head.headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-        if kind == "text/plain":
+        wait, listed = _flag(request, "wait", True), _flag(request, "verdicts", False)
+        if request.head.content_type == "text/plain":
             events = self._text_events(request)
         else:
-            for name in ("topic", "source"):
-                if name in request.head.query:
-                    raise HTTPError("bad-parameter", "{} goes with Content-Type: text/plain; a JSON event names its own"
-                                    .format(name))
+            if "topic" in request.head.query or "source" in request.head.query:
+                raise HTTPError("bad-parameter", "topic and source go with Content-Type: text/plain; a JSON event names its own")
             events = parse_events(request.body)
-        verdicts = await self._pipeline.publish(events, len(request.body), wait)
-        if verdicts is None:
+        receipt = await self._pipeline.publish(events, len(request.body), wait)
+        if receipt is None:
             return Response(202, b'{"status":"accepted","accepted":%d,"stored":false}\n' % len(events))
-        unique = sum([verdict.kind == "new" for verdict in verdicts])
-        conflicts = sum([verdict.kind == "conflict" for verdict in verdicts])
-        body = '{{"status":"accepted","accepted":{},"unique":{},"duplicates":{},"conflicts":{},"stored":true{}}}\n'.format(
-            len(events), unique, len(events) - unique, conflicts, "" if not explain else ',"events":' + json.dumps(
-                [{"topic": event.topic, "event_id": event.event_id, "verdict": verdict.kind, "seq": verdict.seq}
-                 for event, verdict in zip(events, verdicts)], ensure_ascii=False, separators=(",", ":")))
-        return Response(202, body.encode("utf-8"))
+        repeats = len(receipt.repeats)
+        conflicts = sum([verdict.kind == "conflict" for _, verdict in receipt.repeats]) if repeats else 0
+        return Response(202, b'{"status":"accepted","accepted":%d,"unique":%d,"duplicates":%d,"conflicts":%d,"stored":true%b}\n' % (
+            len(events), len(events) - repeats, repeats, conflicts, _listed_verdicts(events, receipt) if listed else b""))
 
     def _text_events(self, request: Request) -> List[Event]:
         for name in ("topic", "source"):
@@ -1795,14 +1874,15 @@ class API:
             "timestamp": request.head.query["timestamp"].replace(" ", "+") if " " in request.head.query.get("timestamp", "")[11:]
             else request.head.query.get("timestamp", format_timestamp(self._clock())),
             "source": request.head.query.get("source", peer)}])
-        verdicts = await self._pipeline.publish(events, len(request.body))
-        assert verdicts is not None
-        if verdicts[0].kind == "conflict":
+        receipt = await self._pipeline.publish(events, len(request.body))
+        assert receipt is not None
+        verdict = next(receipt.verdicts())
+        if verdict.kind == "conflict":
             raise HTTPError("conflict", "event_id {} of topic {} is stored as seq {} with another source or payload, which"
                             " stays: choose another event_id".format(_shown(events[0].event_id), _shown(events[0].topic),
-                                                                     verdicts[0].seq))
-        return Response(201 if verdicts[0].kind == "new" else 200, _json({
-            "topic": events[0].topic, "event_id": events[0].event_id, "verdict": verdicts[0].kind, "seq": verdicts[0].seq}))
+                                                                     verdict.seq))
+        return Response(201 if verdict.kind == "new" else 200, _json({
+            "topic": events[0].topic, "event_id": events[0].event_id, "verdict": verdict.kind, "seq": verdict.seq}))
 
     async def _list_events(self, request: Request, peer: str) -> Response:
         query = self._event_query(request)
@@ -1884,11 +1964,19 @@ class API:
         return Response(200, b'{"status":"ok"}\n')
 
 
+def _listed_verdicts(events: Sequence[Event], receipt: Receipt) -> bytes:
+    return b',"events":' + _json([
+        {"topic": event.topic, "event_id": event.event_id, "verdict": verdict.kind, "seq": verdict.seq}
+        for event, verdict in zip(events, receipt.verdicts())])[:-1]
+
+
 def _allow(routes: Dict[str, Route]) -> str:
     return ", ".join(sorted(set(routes) | {"OPTIONS"} | ({"HEAD"} if "GET" in routes else set())))
 
 
 def _flag(request: Request, name: str, default: bool) -> bool:
+    if not request.head.query:
+        return default
     text = request.head.query.get(name, "1" if default else "0").lower()
     if text not in ("0", "1", "true", "false"):
         raise HTTPError("bad-parameter", "{} must be 0 or 1, not {}".format(name, _shown(text)))
@@ -2056,7 +2144,7 @@ class Server:
                 connection.received += len(data)
                 in_a_row = 0
                 continue
-            connection.enter("work", 0.0)
+            connection.phase = "work"
             response = await self._api.answer(request, connection.peer)
             keep_alive = request.head.keep_alive and not self._stopping
             connection.enter("write", loop.time())
@@ -2248,7 +2336,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     settings = read_settings(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
     logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     # The worker waits one switch interval for the GIL at each statement; 5 ms, the default, would be its whole budget.
-    sys.setswitchinterval(float(os.environ.get('SI','0.0005')))
+    sys.setswitchinterval(0.00005)
     try:
         return asyncio.run(serve(settings))
     except (StoreError, OSError, OverflowError) as error:
