@@ -67,6 +67,7 @@ MAX_NAME_BYTES = 255  # topic, event_id, source, in UTF-8: what a file name may 
 MAX_SEQUENCE = 2 ** 63 - 1  # SQLite's largest INTEGER
 MAX_NESTING = 100  # levels of a payload; far below what JSON readers stop at (SQLite 1,000, Python about 1,000)
 MAX_INT_DIGITS = 308  # a longer integer is infinite to every reader that keeps numbers as IEEE doubles (RFC 8259 §6)
+MAX_DURATION_US = 1000 * 366 * 86_400_000_000  # of a retention or a "since": what is longer is a slip
 MAX_FAULTS = 1000  # faults listed in one answer
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # default of --max-body, before and after inflating; a full queue of common events
@@ -966,6 +967,70 @@ def _delay_bucket(delay_us: int) -> str:
     return "inf"
 
 
+# What must hold in a store at rest: a sentence, and a query that counts what contradicts it.
+_CHECKS = (
+    ("every event carries the key and the fingerprint of its content",
+     "SELECT count(*) FROM processed_events WHERE key <> identity(topic, event_id) OR fingerprint <> fingerprint(source, payload)"),
+    ("no identity is in the log twice", "SELECT count(*) - count(DISTINCT key) FROM processed_events"),
+    ("no tombstone contradicts the log",
+     "SELECT count(*) FROM processed_events AS e JOIN seen AS s ON s.key = e.key WHERE s.seq <> e.seq"),
+    ("no two tombstones share a seq", "SELECT count(*) - count(DISTINCT seq) FROM seen"),
+    ("every event below its slice's mark has its tombstone",
+     "SELECT count(*) FROM processed_events AS e WHERE seq <= (SELECT through FROM progress WHERE part = hex(substr(key, 1, 1)))"
+     " AND NOT EXISTS (SELECT 1 FROM seen AS s WHERE s.key = e.key)"),
+    ("all marks are there and none is ahead of the log",
+     "SELECT abs(257 - count(*)) + total(through NOT BETWEEN 0 AND (SELECT ifnull(max(seq), 0) FROM sqlite_sequence))"
+     " FROM progress"),
+    ("the listing has every event below its mark, and no other",
+     "SELECT (SELECT count(*) FROM processed_events AS e WHERE seq <= (SELECT through FROM progress WHERE part = 'listing') AND"
+     " NOT EXISTS (SELECT 1 FROM listing AS l WHERE l.topic = e.topic AND l.timestamp = e.timestamp AND l.seq = e.seq))"
+     " + (SELECT count(*) FROM listing AS l WHERE NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = l.seq))"),
+    ("the books balance: unique events are as many as seqs given out",
+     "SELECT abs(uniques - (SELECT ifnull(max(seq), 0) FROM sqlite_sequence)) FROM stats WHERE kind = 'total'"),
+    ("the books balance: unique less removed is what is in the log",
+     "SELECT abs(uniques - removed - (SELECT count(*) FROM processed_events)) FROM stats WHERE kind = 'total'"),
+    ("the books balance: topics, sources and delays add up to the totals",
+     "SELECT total(d) FROM (SELECT abs(sum(CASE kind WHEN 'total' THEN uniques WHEN 'topic' THEN -uniques ELSE 0 END))"
+     " + abs(sum(CASE kind WHEN 'total' THEN uniques WHEN 'source' THEN -uniques ELSE 0 END))"
+     " + abs(sum(CASE kind WHEN 'total' THEN duplicates WHEN 'topic' THEN -duplicates ELSE 0 END))"
+     " + abs(sum(CASE kind WHEN 'total' THEN duplicates WHEN 'source' THEN -duplicates ELSE 0 END))"
+     " + abs(sum(CASE kind WHEN 'total' THEN duplicates WHEN 'delay' THEN -duplicates ELSE 0 END))"
+     " + abs(sum(CASE kind WHEN 'total' THEN removed WHEN 'topic' THEN -removed ELSE 0 END)) AS d FROM stats)"),
+    ("the books balance: every topic counts what it holds",
+     "SELECT count(*) FROM stats AS t LEFT JOIN (SELECT topic, count(*) AS n FROM processed_events GROUP BY topic) AS e ON"
+     " e.topic = t.name WHERE kind = 'topic' AND uniques - removed <> ifnull(n, 0)"),
+    ("every payload can be read back", "SELECT count(*) FROM processed_events WHERE NOT json_valid(payload)"))
+
+
+def check_store(path: str) -> Iterator[Tuple[bool, str]]:
+    """Verify the store of a stopped service: one (holds, sentence) after the other. Raises StoreError if it cannot be
+    opened, or a service is running on it."""
+    path = os.path.realpath(path)
+    if not _check_header(path):
+        raise StoreError("there is no store at {}".format(path))
+    owner = _own(path)
+    try:
+        db = _connect(path, timeout=5.0)
+        try:
+            db.execute("PRAGMA query_only=1")
+            found = [row[0] for row in db.execute("PRAGMA integrity_check(5)")]
+            yield found == ["ok"], "SQLite finds the file intact" + ("" if found == ["ok"] else ": NOT: " + "; ".join(found))
+            db.create_function("identity", 2, identity)
+            db.create_function("fingerprint", 2, fingerprint)
+            for sentence, query in _CHECKS:
+                (count,) = db.execute(query).fetchone()
+                yield count == 0, sentence + ("" if count == 0 else ": NOT: {:,.0f} contradict it".format(count))
+            events, topics, tombstones = db.execute("SELECT (SELECT count(*) FROM processed_events), (SELECT count(*) FROM stats"
+                                                    " WHERE kind = 'topic'), (SELECT count(*) FROM seen)").fetchone()
+            yield True, "{:,} events of {:,} topics, {:,} tombstones".format(events, topics, tombstones)
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        yield False, "SQLite can read the file: NOT: {}".format(error)
+    finally:
+        owner.close()
+
+
 class Reader:
     """The read side: a connection of its own, so that reading never waits for writing. May raise StoreFailed."""
 
@@ -1087,9 +1152,9 @@ class Stopping(Exception):
 
 
 class Receipt(NamedTuple):
-    """What became of a batch of `count` events: repeats by index, everything else new from `first_seq` on; and of the group
-    it was committed with: its size in events, and how long the commit took, in microseconds."""
-    count: int
+    """What became of a batch: repeats by index, everything else new from `first_seq` on; and of the group it was committed
+    with: its size in events, and how long the commit took, in microseconds."""
+    records: List[Record]
     first_seq: int
     repeats: List[Tuple[int, Verdict]]
     now_us: int
@@ -1099,7 +1164,7 @@ class Receipt(NamedTuple):
     def verdicts(self) -> Iterator[Verdict]:
         """A verdict for each event, in order."""
         repeats, seq = dict(self.repeats), self.first_seq
-        for index in range(self.count):
+        for index in range(len(self.records)):
             if index in repeats:
                 yield repeats[index]
             else:
@@ -1128,6 +1193,7 @@ class Pipeline:
         self._in_flight = 0  # events taken and neither committed nor refused
         self._in_flight_bytes = 0
         self._taken = 0  # events ever taken and not refused since
+        self.duplicates: "deque[Tuple[Record, Verdict, int]]" = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
         self._stopping = False
         self._failure = ""  # why the last commit failed, empty once one succeeds
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "writer")
@@ -1208,10 +1274,12 @@ class Pipeline:
             else:
                 repeats = []
                 while taken < len(outcome.repeats) and outcome.repeats[taken][0] < at + n:
-                    repeats.append((outcome.repeats[taken][0] - at, outcome.repeats[taken][1]))
+                    index, verdict = outcome.repeats[taken]
+                    repeats.append((index - at, verdict))
+                    self.duplicates.append((batch.records[index - at], verdict, outcome.now_us))
                     taken += 1
                 if waits and batch.done is not None:
-                    batch.done.set_result(Receipt(n, outcome.first_seq + at - taken + len(repeats), repeats, outcome.now_us,
+                    batch.done.set_result(Receipt(batch.records, outcome.first_seq + at - taken + len(repeats), repeats, outcome.now_us,
                                                   count, commit_us))
             at += n
             self._queue.task_done()
@@ -1725,12 +1793,14 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("GET", "/", "index", (), "What this is and where to go"),
-    Route("POST", "/publish", "publish", ("wait", "verdicts", "topic", "source"), "Publish one event or many"),
+    Route("POST", "/publish", "publish", ("wait", "verdicts", "explain", "topic", "source"),
+          "Publish one event or many"),
     Route("PUT", "/events/{topic}/{event_id}", "put_event", ("timestamp", "source"), "Publish one event under its identity"),
     Route("GET", "/events", "list_events", ("topic", "source", "since", "until", "limit", "cursor", "order"),
           "List events by time"),
     Route("GET", "/events/{topic}/{event_id}", "get_event", (), "Read one event"),
-    Route("GET", "/stats", "stats", (), "The books, and the topics"),
+    Route("GET", "/duplicates", "list_duplicates", ("limit",), "The last duplicates, the latest first"),
+    Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like"),
     Route("GET", "/health", "health", (), "Whether events can be stored right now"),
 )
 
@@ -1752,7 +1822,10 @@ def parse_duration(text: str) -> int:
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError("is not a duration such as 30s, 10m, 2h or 7d")
-    return int(match[1]) * _DURATION_US[match[2]]
+    duration_us = int(match[1]) * _DURATION_US[match[2]]
+    if duration_us > MAX_DURATION_US:
+        raise ValueError("is longer than a thousand years")
+    return duration_us
 
 
 def _json(value: Any) -> bytes:
@@ -1788,10 +1861,12 @@ def _problem(error: Exception) -> Response:
 
 
 class API:
-    """Answers requests. `clock` gives microseconds since 1970 UTC, `random_id` a fresh event id."""
+    """Answers requests. `clock` gives microseconds since 1970 UTC, `random_id` a fresh event id; `limits` is shown."""
 
-    def __init__(self, pipeline: Pipeline, clock: Callable[[], int], random_id: Callable[[], str]) -> None:
+    def __init__(self, pipeline: Pipeline, clock: Callable[[], int], random_id: Callable[[], str],
+                 limits: Dict[str, Any]) -> None:
         self._pipeline = pipeline
+        self._limits = limits
         self._clock = clock
         self._random_id = random_id
         self._started = clock()
@@ -1838,7 +1913,8 @@ class API:
                 {"method": route.method, "path": route.path, "summary": route.summary} for route in ROUTES]}))
 
     async def _publish(self, request: Request, peer: str) -> Response:
-        wait, listed = _flag(request, "wait", True), _flag(request, "verdicts", False)
+        wait, explain = _flag(request, "wait", True), _flag(request, "explain", False)
+        listed = explain or _flag(request, "verdicts", False)
         if request.head.content_type == "text/plain":
             events = self._text_events(request)
         else:
@@ -1851,7 +1927,7 @@ class API:
         repeats = len(receipt.repeats)
         conflicts = sum([verdict.kind == "conflict" for _, verdict in receipt.repeats]) if repeats else 0
         return Response(202, b'{"status":"accepted","accepted":%d,"unique":%d,"duplicates":%d,"conflicts":%d,"stored":true%b}\n' % (
-            len(events), len(events) - repeats, repeats, conflicts, _listed_verdicts(events, receipt) if listed else b""))
+            len(events), len(events) - repeats, repeats, conflicts, _listed_verdicts(receipt, explain) if listed else b""))
 
     def _text_events(self, request: Request) -> List[Event]:
         for name in ("topic", "source"):
@@ -1871,8 +1947,8 @@ class API:
         payload = values[0] if len(values) == 1 and isinstance(values[0], dict) else {"message": text}
         events = read_events([{
             "topic": "/".join(request.head.path[1:-1]), "event_id": request.head.path[-1], "payload": payload,
-            "timestamp": request.head.query["timestamp"].replace(" ", "+") if " " in request.head.query.get("timestamp", "")[11:]
-            else request.head.query.get("timestamp", format_timestamp(self._clock())),
+            "timestamp": _mend_offset(request.head.query["timestamp"]) if "timestamp" in request.head.query
+            else format_timestamp(self._clock()),
             "source": request.head.query.get("source", peer)}])
         receipt = await self._pipeline.publish(events, len(request.body))
         assert receipt is not None
@@ -1913,9 +1989,6 @@ class API:
         topic, order = get("topic"), get("order", "asc")
         if order not in ("asc", "desc"):
             raise HTTPError("bad-parameter", "order must be asc or desc, not {}".format(_shown(order)))
-        limit = get("limit", str(PAGE_DEFAULT))
-        if re.fullmatch("[0-9]{1,9}", limit) is None or not 1 <= int(limit) <= PAGE_MAX:
-            raise HTTPError("bad-parameter", "limit must be a number from 1 to {}, not {}".format(PAGE_MAX, _shown(limit)))
         after = None
         if "cursor" in request.head.query:
             match = _CURSOR.fullmatch(request.head.query["cursor"])
@@ -1925,7 +1998,7 @@ class API:
             after = (int(match[2]), int(match[3]))
         prefix = topic is not None and topic.endswith("*")
         return EventQuery(topic[:-1] if topic is not None and prefix else topic, prefix, get("source"),
-                          self._instant(request, "since"), self._instant(request, "until"), int(limit), after,
+                          self._instant(request, "since"), self._instant(request, "until"), _limit(request), after,
                           order == "desc")
 
     def _instant(self, request: Request, name: str) -> Optional[int]:
@@ -1933,9 +2006,9 @@ class API:
         text = request.head.query.get(name)
         if text is None:
             return None
-        if _DURATION.fullmatch(text) and not text.isdigit():
-            return self._clock() - parse_duration(text)
         try:
+            if _DURATION.fullmatch(text) and not text.isdigit():
+                return self._clock() - parse_duration(text)
             return parse_timestamp(_mend_offset(text))
         except ValueError as error:
             raise HTTPError("bad-parameter", "{} {}, nor a duration such as 10m, 2h or 7d: {}".format(
@@ -1952,10 +2025,17 @@ class API:
                             " known, so a repeat of it is a duplicate".format(seq))
         return Response(200, text.encode("utf-8") + b"\n")
 
+    async def _list_duplicates(self, request: Request, peer: str) -> Response:
+        kept = list(self._pipeline.duplicates)[-_limit(request):]
+        return Response(200, _json({"count": len(kept), "duplicates": [
+            {"topic": event.topic, "event_id": event.event_id, "source": event.source, "verdict": verdict.kind,
+             "seq": verdict.seq, "first_seen": format_timestamp(verdict.first_seen), "repeated": format_timestamp(now_us),
+             "delay_seconds": (now_us - verdict.first_seen) / 1e6} for event, verdict, now_us in reversed(kept)]}))
+
     async def _stats(self, request: Request, peer: str) -> Response:
         found = await self._pipeline.stats()
         return Response(200, _json({**found, "uptime_seconds": round((self._clock() - self._started) / 1e6, 3),
-                                    "version": __version__, "limits": {"queue_max_size": self._pipeline.max_events}}))
+                                    "version": __version__, "limits": self._limits}))
 
     async def _health(self, request: Request, peer: str) -> Response:
         reason = await self._pipeline.health()
@@ -1964,10 +2044,24 @@ class API:
         return Response(200, b'{"status":"ok"}\n')
 
 
-def _listed_verdicts(events: Sequence[Event], receipt: Receipt) -> bytes:
-    return b',"events":' + _json([
-        {"topic": event.topic, "event_id": event.event_id, "verdict": verdict.kind, "seq": verdict.seq}
-        for event, verdict in zip(events, receipt.verdicts())])[:-1]
+def _listed_verdicts(receipt: Receipt, explain: bool) -> bytes:
+    """The verdicts of a publish, and with `explain` how each came about."""
+    listed: List[Dict[str, Any]] = []
+    for event, verdict in zip(receipt.records, receipt.verdicts()):
+        listed.append({"topic": event.topic, "event_id": event.event_id, "verdict": verdict.kind, "seq": verdict.seq})
+        if explain:
+            listed[-1]["explanation"] = {
+                "key": event.key.hex(), "found": verdict.found, "first_seen": format_timestamp(verdict.first_seen),
+                "seconds_since_first_seen": (receipt.now_us - verdict.first_seen) / 1e6, "why": _WHY[verdict.found] + (
+                    ", with another source or payload: the first one stays" if verdict.kind == "conflict" else "")}
+    commit = {"events": receipt.group, "milliseconds": receipt.commit_us / 1000} if explain else None
+    return b',"events":' + _json(listed)[:-1] + (b',"group":' + _json(commit)[:-1] if explain else b"")
+
+
+_WHY = {"nowhere": "the key was neither among the recent ones nor among the tombstones",
+        "recent": "the key was among the recent ones, in memory, not yet merged",
+        "seen": "the key was among the tombstones",
+        "batch": "the key came earlier in the same group"}
 
 
 def _allow(routes: Dict[str, Route]) -> str:
@@ -1981,6 +2075,13 @@ def _flag(request: Request, name: str, default: bool) -> bool:
     if text not in ("0", "1", "true", "false"):
         raise HTTPError("bad-parameter", "{} must be 0 or 1, not {}".format(name, _shown(text)))
     return text in ("1", "true")
+
+
+def _limit(request: Request) -> int:
+    text = request.head.query.get("limit", str(PAGE_DEFAULT))
+    if re.fullmatch("[0-9]{1,9}", text) is None or not 1 <= int(text) <= PAGE_MAX:
+        raise HTTPError("bad-parameter", "limit must be a number from 1 to {}, not {}".format(PAGE_MAX, _shown(text)))
+    return int(text)
 
 
 def _mend_offset(text: str) -> str:
@@ -2254,6 +2355,8 @@ SETTINGS = (
     Setting("--max-events-per-topic", "MAX_EVENTS_PER_TOPIC", "0", _read_number(0, 10 ** 15),
             "keep the newest so many events of each topic; 0 keeps all"),
     Setting("--retention", "RETENTION", "0", parse_duration, "keep events for so long (30m, 12h, 7d); 0 for ever"),
+    Setting("--dedup-retention", "DEDUP_RETENTION", "0", parse_duration,
+            "know the ids of removed events for so long at least; 0 for ever"),
     Setting("--max-body", "MAX_BODY", str(MAX_BODY_BYTES), _read_number(1, 2 ** 30), "bytes of one body, also inflated"),
     Setting("--sync", "SYNC", "full", _read_choice("full", "normal"),
             "full: 202 survives a power cut; normal: only a crash of the process"),
@@ -2262,17 +2365,24 @@ SETTINGS = (
 )
 
 
-def read_settings(arguments: Sequence[str], environment: Dict[str, str]) -> Dict[str, Any]:
+COMMANDS = {
+    "serve": "Take in events over HTTP, store each exactly once. `aggregator.py check --db FILE` verifies a store.",
+    "check": "Verify the store of a stopped service: exit status 0 if all is well, 1 if not.",
+}
+
+
+def read_settings(command: str, arguments: Sequence[str], environment: Dict[str, str]) -> Dict[str, Any]:
     """Flags over environment over defaults, by flag name without dashes. Exits with a message on a bad one."""
-    parser = argparse.ArgumentParser(prog="aggregator.py", description="Take in events over HTTP, store each exactly once.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="aggregator.py" + (" " + command if command != "serve" else ""),
+                                     description=COMMANDS[command], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=versions())
-    for setting in SETTINGS:
+    known = [setting for setting in SETTINGS if command == "serve" or setting.flag == "--db"]
+    for setting in known:
         parser.add_argument(setting.flag, metavar=setting.variable, help="{} (environment: {}; default: {})".format(
             setting.meaning, setting.variable, setting.default).replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     settings = {}
-    for setting in SETTINGS:
+    for setting in known:
         name = setting.flag[2:].replace("-", "_")
         text, origin = given[name], setting.flag
         if text is None and environment.get(setting.variable, "") != "":
@@ -2313,8 +2423,12 @@ async def serve(settings: Dict[str, Any]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     pipeline = Pipeline(lambda: Store(settings["db"], settings["sync"] == "full", settings["max_events_per_topic"],
-                                      settings["retention"]), _clock_us, settings["queue_max_size"])
-    server = Server(API(pipeline, _clock_us, _random_id), time.time, settings["max_body"])
+                                      settings["retention"], settings["dedup_retention"]), _clock_us,
+                        settings["queue_max_size"])
+    limits = {"queue_max_size": settings["queue_max_size"], "max_events_per_topic": settings["max_events_per_topic"],
+              "retention_seconds": settings["retention"] / 1e6, "max_body": settings["max_body"],
+              "dedup_retention_seconds": settings["dedup_retention"] / 1e6}
+    server = Server(API(pipeline, _clock_us, _random_id, limits), time.time, settings["max_body"])
     addresses = await server.bind(settings["host"], settings["port"])  # first, so that a taken port leaves the file alone
     await pipeline.start()
     await server.listen()
@@ -2328,12 +2442,29 @@ async def serve(settings: Dict[str, Any]) -> int:
     return 0 if drained else 1
 
 
+def check(path: str) -> int:
+    """`aggregator.py check`: what holds and what does not, in plain words."""
+    sound = True
+    try:
+        for holds, sentence in check_store(path):
+            sound = sound and holds
+            print("{}  {}".format("ok " if holds else "BAD", sentence), flush=True)
+    except StoreError as error:
+        sys.stderr.write("aggregator.py: {}\n".format(error))
+        return 1
+    return 0 if sound else 1
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The program; its exit status."""
     if sys.version_info < (3, 8):
         sys.stderr.write("aggregator.py: this is Python {}; 3.8 or newer is needed\n".format(sys.version.split()[0]))
         return 2
-    settings = read_settings(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
+    settings = read_settings(command, arguments, dict(os.environ))
+    if command == "check":
+        return check(settings["db"])
     logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     # The worker waits one switch interval for the GIL at each statement; 5 ms, the default, would be its whole budget.
     sys.setswitchinterval(0.00005)
