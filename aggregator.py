@@ -48,7 +48,7 @@ import time
 import zlib
 from collections import Counter, deque
 from hashlib import blake2b
-from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, NoReturn,
+from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterator, List, NamedTuple, NoReturn,
                     Optional, Sequence, Set, Tuple, Union)
 
 __version__ = "1.0.0"
@@ -171,7 +171,7 @@ class Event(NamedTuple):
 
 class Fault(NamedTuple):
     """What is wrong with one field of the event at `index` of its batch (counted from 0)."""
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a fault
     field: str
     message: str
 
@@ -245,8 +245,8 @@ def format_timestamp(instant_us: int) -> str:
     """
     seconds, micros = divmod(instant_us, 1_000_000)
     days, second = divmod(seconds, 86_400)
-    return "{}T{:02d}:{:02d}:{:02d}.{:06d}Z".format(datetime.date.fromordinal(days + _EPOCH_DAY).isoformat(),
-                                                    second // 3600, second // 60 % 60, second % 60, micros)
+    day = datetime.date.fromordinal(days + _EPOCH_DAY).isoformat()
+    return f"{day}T{second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}.{micros:06d}Z"
 
 
 def _integer(digits: str) -> Union[int, float]:
@@ -265,8 +265,8 @@ def canonical_json(value: Any) -> str:
 
 
 # JSONEncoder.encode makes this object anew at each call, which costs as much as the encoding itself.
-_c_encode = None if json.encoder.c_make_encoder is None else json.encoder.c_make_encoder(
-    None, None, json.encoder.encode_basestring, None, ":", ",", True, False, False)
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
+_c_encode = _make_encoder and _make_encoder(None, None, json.encoder.encode_basestring, None, ":", ",", True, False, False)
 
 
 def decode_text(body: bytes) -> str:
@@ -277,7 +277,7 @@ def decode_text(body: bytes) -> str:
     try:
         return body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise NotJSON("byte 0x{:02x} at offset {} is not UTF-8: send UTF-8".format(body[error.start], error.start))
+        raise NotJSON(f"byte 0x{body[error.start]:02x} at offset {error.start} is not UTF-8: send UTF-8")
 
 
 def json_values(text: str) -> List[Any]:
@@ -294,10 +294,10 @@ def json_values(text: str) -> List[Any]:
         try:
             value, at = _DECODER.raw_decode(text, at)
         except RecursionError:
-            raise InvalidEvents([Fault(len(values), "", "is nested deeper than {} levels".format(MAX_NESTING))])
+            raise InvalidEvents([Fault(len(values), "", f"is nested deeper than {MAX_NESTING} levels")])
         except json.JSONDecodeError as error:
-            raise NotJSON("at line {}, column {}: {}; what stands there is {}".format(
-                error.lineno, error.colno, error.msg[:1].lower() + error.msg[1:], _shown(text[error.pos:error.pos + 20])))
+            raise NotJSON(f"at line {error.lineno}, column {error.colno}: {error.msg[:1].lower() + error.msg[1:]};"
+                          f" what stands there is {_shown(text[error.pos:error.pos + 20])}")
         values.append(value)
         while at < end and text[at] in " \t\r\n":
             at += 1
@@ -354,7 +354,7 @@ def _faults(value: Any, index: int) -> Iterator[Fault]:
         try:
             reader(value[field])
         except ValueError as error:
-            yield Fault(index, field, "{}: {}".format(error, _shown(value[field])))
+            yield Fault(index, field, f"{error}: {_shown(value[field])}")
 
 
 def _read_name(value: Any) -> str:
@@ -386,8 +386,8 @@ def _read_timestamp(value: Any) -> int:
 
 def _read_sequence(value: Any) -> Optional[int]:
     if value is not None and (type(value) is not int or not 0 <= value <= MAX_SEQUENCE):
-        raise ValueError("must be an integer from 0 to {}".format(MAX_SEQUENCE))
-    return value  # type: ignore[no-any-return]
+        raise ValueError(f"must be an integer from 0 to {MAX_SEQUENCE}")
+    return value
 
 
 def _read_payload(value: Any) -> str:
@@ -399,9 +399,9 @@ def _read_payload(value: Any) -> str:
     except ValueError:
         raise ValueError("must not hold NaN, Infinity or a number beyond 1e308")
     except RecursionError:
-        raise ValueError("must not be nested deeper than {} levels".format(MAX_NESTING))
+        raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
     if len(text) > 2 * MAX_NESTING and text.count("{") + text.count("[") > MAX_NESTING and _depth(value) > MAX_NESTING:
-        raise ValueError("must not be nested deeper than {} levels".format(MAX_NESTING))
+        raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
     if not text.isascii() and _SURROGATE.search(text):
         raise ValueError("must not hold lone surrogates")
     return text
@@ -461,10 +461,10 @@ class EventQuery(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A page of events: their JSON texts joined by the separator asked for, how many, and where the next one starts
+    """A page of events: their JSON texts joined by the separator asked for, how many (`size`), and where the next one starts
     (None at the end). A page may be short, even empty, and still have a next one."""
     text: str
-    count: int
+    size: int
     next: Optional[Tuple[int, int]]
 
 
@@ -486,8 +486,11 @@ class Page(NamedTuple):
 #
 #     seen before?  look in recent.ids, then in seen. In neither: new.
 #
-# The key space has 256 slices, by first byte. `merged.through` holds, for each slice, the seq up to which its keys are in
+# The key space has 256 slices, by first byte. `progress` holds, for each slice, the seq up to which its keys are in
 # `seen`; the least of them is the watermark, below which the log is no longer needed to know an id.
+#
+# Reading needs an order by topic and time, which is random too. The same trick feeds `listing`: new events gather in the
+# log, and every few thousand of them are entered at once, sorted; a reader looks at the listing and at the log behind it.
 #
 # Knows §1 and §2. Knows no asyncio, no queue, no HTTP. Synchronous; each object is used by one thread at a time.
 #
@@ -545,6 +548,7 @@ class Decision(NamedTuple):
     repeats: List[Tuple[int, Verdict]]
 
 
+SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x41474752  # "AGGR" in the file header (SQLite file format §1.3.16)
 SCHEMA_VERSION = 1
 _SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOTALL)  # user_version, application_id
@@ -628,7 +632,9 @@ def record(event: Event) -> Record:
 
 
 def _connect(path: str, **options: Any) -> sqlite3.Connection:
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS_KEPT, **options)
+    db: sqlite3.Connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False,
+                                             cached_statements=STATEMENTS_KEPT, **options)
+    return db
 
 
 def _in_rows(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) -> Iterator[Any]:
@@ -695,8 +701,8 @@ def _own(path: str) -> sqlite3.Connection:
     except sqlite3.Error as error:
         owner.close()
         if "locked" in str(error):
-            raise StoreError("{} belongs to another running aggregator: stop that one, or choose another --db".format(path))
-        raise StoreError("cannot lock {}-owner ({}): the folder must be writable".format(path, error))
+            raise StoreError(f"{path} belongs to another running aggregator: stop that one, or choose another --db")
+        raise StoreError(f"cannot lock {path}-owner ({error}): the folder must be writable")
     return owner
 
 
@@ -709,18 +715,18 @@ def _check_header(path: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise StoreError("cannot read {}: {}".format(path, error.strerror))
+        raise StoreError(f"cannot read {path}: {error.strerror}")
     if not head:
         return False
     match = _SQLITE_HEADER.match(head)
     if match is None:
-        raise StoreError("{} is not an SQLite database: choose another --db".format(path))
+        raise StoreError(f"{path} is not an SQLite database: choose another --db")
     version, application = (int.from_bytes(field, "big") for field in match.groups())
     if application != APPLICATION_ID:
-        raise StoreError("{} is an SQLite database, but not an aggregator's: choose another --db".format(path))
+        raise StoreError(f"{path} is an SQLite database, but not an aggregator's: choose another --db")
     if version != SCHEMA_VERSION:
-        raise StoreError("{} has schema version {}, and aggregator {} reads version {}: start the aggregator that wrote"
-                         " it, or choose another --db".format(path, version, __version__, SCHEMA_VERSION))
+        raise StoreError(f"{path} has schema version {version}, and aggregator {__version__} reads version {SCHEMA_VERSION}:"
+                         " start the aggregator that wrote it, or choose another --db")
     return True
 
 
@@ -747,11 +753,11 @@ class Store:
         self._dedup_retention_us = dedup_retention_us
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
-            raise StoreError("the folder {} does not exist: create it, or choose another --db".format(folder))
+            raise StoreError(f"the folder {folder} does not exist: create it, or choose another --db")
         if os.path.isdir(path):
-            raise StoreError("{} is a folder: --db names a file".format(path))
-        if os.path.exists(path) and not os.access(path, os.W_OK) or not os.access(folder, os.W_OK):
-            raise StoreError("{} or its folder is read-only: the user that runs the aggregator must own both".format(path))
+            raise StoreError(f"{path} is a folder: --db names a file")
+        if (os.path.exists(path) and not os.access(path, os.W_OK)) or not os.access(folder, os.W_OK):
+            raise StoreError(f"{path} or its folder is read-only: the user that runs the aggregator must own both")
         _check_header(path)
         self._owner = _own(path)
         try:
@@ -761,30 +767,30 @@ class Store:
             self._owner.close()
             if isinstance(error, StoreError):
                 raise
-            raise StoreError("cannot use {}: {}; if the file is damaged, move it away or restore a copy".format(path, error))
+            raise StoreError(f"cannot use {path}: {error}; if the file is damaged, move it away or restore a copy")
 
     def _open(self, full_sync: bool) -> None:
         db = self._db
         if sqlite3.sqlite_version_info < (3, 24):
-            raise StoreError("this SQLite is {}; 3.24 or newer is needed".format(sqlite3.sqlite_version))
+            raise StoreError(f"this SQLite is {sqlite3.sqlite_version}; 3.24 or newer is needed")
         try:
             db.execute("SELECT json_quote('')")
         except sqlite3.OperationalError:
-            raise StoreError("this SQLite ({}) was built without its JSON functions".format(sqlite3.sqlite_version))
+            raise StoreError(f"this SQLite ({sqlite3.sqlite_version}) was built without its JSON functions")
         db.execute("BEGIN EXCLUSIVE")
         if db.execute("PRAGMA user_version").fetchone()[0] == 0:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
-            _run(db, "INSERT INTO progress VALUES {rows}", [("{:02X}".format(i), 0) for i in range(256)] + [("listing", 0)])
-            db.execute("PRAGMA application_id={}".format(APPLICATION_ID))
-            db.execute("PRAGMA user_version={}".format(SCHEMA_VERSION))
+            _run(db, "INSERT INTO progress VALUES {rows}", [(f"{i:02X}", 0) for i in range(256)] + [("listing", 0)])
+            db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         db.execute("COMMIT")
         if db.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
-            raise StoreError("{} is on a file system without shared memory, which SQLite's WAL mode needs: choose a local"
-                             " disk".format(self.path))
+            raise StoreError(f"{self.path} is on a file system without shared memory, which SQLite's WAL mode needs:"
+                             " choose a local disk")
         db.execute("PRAGMA synchronous={}".format("FULL" if full_sync else "NORMAL"))
-        db.execute("PRAGMA cache_size=-{}".format(CACHE_KB))
-        db.execute("PRAGMA wal_autocheckpoint={}".format(CHECKPOINT_PAGES))
+        db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
+        db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         db.execute("PRAGMA journal_size_limit=67108864")
         db.execute("ATTACH ':memory:' AS recent")
         db.execute(_SCHEMA_RECENT)
@@ -829,7 +835,7 @@ class Store:
         known: Dict[bytes, Tuple[int, int, int, str]] = {}  # seq, fingerprint, first_seen, found
         for found in _in_rows(self._db, _LOOK_UP, list(zip(sorted(distinct)))):
             for key, *rest in json.loads(found):
-                known[bytes.fromhex(key)] = tuple(rest)  # type: ignore[assignment]
+                known[bytes.fromhex(key)] = tuple(rest)
         if not known and len(distinct) == len(keys):
             return []
         repeats, seq = [], self._state.last_seq
@@ -870,7 +876,7 @@ class Store:
                 self._db.execute(_EXPIRE, span)
             self._db.execute(_MERGE[0], span)
             recent -= self._db.execute(_MERGE[1], span).rowcount
-            self._db.execute(_PROGRESS, (state.last_seq, "{:02X}".format(slice_)))
+            self._db.execute(_PROGRESS, (state.last_seq, f"{slice_:02X}"))
             slice_ = (slice_ + 1) % 256
         return state._replace(recent=recent, next_slice=slice_)
 
@@ -970,7 +976,8 @@ def _delay_bucket(delay_us: int) -> str:
 # What must hold in a store at rest: a sentence, and a query that counts what contradicts it.
 _CHECKS = (
     ("every event carries the key and the fingerprint of its content",
-     "SELECT count(*) FROM processed_events WHERE key <> identity(topic, event_id) OR fingerprint <> fingerprint(source, payload)"),
+     "SELECT count(*) FROM processed_events WHERE key <> identity(topic, event_id)"
+     " OR fingerprint <> fingerprint(source, payload)"),
     ("no identity is in the log twice", "SELECT count(*) - count(DISTINCT key) FROM processed_events"),
     ("no tombstone contradicts the log",
      "SELECT count(*) FROM processed_events AS e JOIN seen AS s ON s.key = e.key WHERE s.seq <> e.seq"),
@@ -1007,7 +1014,7 @@ def check_store(path: str) -> Iterator[Tuple[bool, str]]:
     opened, or a service is running on it."""
     path = os.path.realpath(path)
     if not _check_header(path):
-        raise StoreError("there is no store at {}".format(path))
+        raise StoreError(f"there is no store at {path}")
     owner = _own(path)
     try:
         db = _connect(path, timeout=5.0)
@@ -1019,14 +1026,14 @@ def check_store(path: str) -> Iterator[Tuple[bool, str]]:
             db.create_function("fingerprint", 2, fingerprint)
             for sentence, query in _CHECKS:
                 (count,) = db.execute(query).fetchone()
-                yield count == 0, sentence + ("" if count == 0 else ": NOT: {:,.0f} contradict it".format(count))
+                yield count == 0, sentence + ("" if count == 0 else f": NOT: {count:,.0f} contradict it")
             events, topics, tombstones = db.execute("SELECT (SELECT count(*) FROM processed_events), (SELECT count(*) FROM stats"
                                                     " WHERE kind = 'topic'), (SELECT count(*) FROM seen)").fetchone()
-            yield True, "{:,} events of {:,} topics, {:,} tombstones".format(events, topics, tombstones)
+            yield True, f"{events:,} events of {topics:,} topics, {tombstones:,} tombstones"
         finally:
             db.close()
     except sqlite3.Error as error:
-        yield False, "SQLite can read the file: NOT: {}".format(error)
+        yield False, f"SQLite can read the file: NOT: {error}"
     finally:
         owner.close()
 
@@ -1081,18 +1088,18 @@ class Reader:
             if taken < len(keys):
                 following = (keys[taken - 1][0], keys[taken - 1][1])
             elif len(filters) > 1:  # nothing more among the rows looked at: go on behind them, if there are any
-                following = self._db.execute("SELECT timestamp, seq FROM ({} LIMIT 1 OFFSET ?)".format(rows),
+                following = self._db.execute(f"SELECT timestamp, seq FROM ({rows} LIMIT 1 OFFSET ?)",
                                              values + [scan - 1]).fetchone()
             text = self._db.execute(
-                "SELECT group_concat(line, ?) FROM (SELECT {} AS line FROM json_each(?) AS j CROSS JOIN"
-                " processed_events AS e ON e.seq = j.value)".format(_LINE),
+                f"SELECT group_concat(line, ?) FROM (SELECT {_LINE} AS line FROM json_each(?) AS j CROSS JOIN"
+                " processed_events AS e ON e.seq = j.value)",
                 (separator, json.dumps([key[1] for key in keys[:taken]]))).fetchone()[0]
         return Page(text or "", taken, following)
 
     def event(self, seq: int) -> Optional[str]:
         """One event as JSON text, or None if it is not in the log."""
         with _Transaction(self._db, "DEFERRED"):
-            found = self._db.execute("SELECT {} FROM processed_events AS e WHERE seq = ?".format(_LINE), (seq,)).fetchone()
+            found = self._db.execute(f"SELECT {_LINE} FROM processed_events AS e WHERE seq = ?", (seq,)).fetchone()
         return found[0] if found else None
 
     def stats(self) -> Dict[str, Any]:
@@ -1151,6 +1158,10 @@ class Stopping(Exception):
     """The service is shutting down and takes nothing more."""
 
 
+class Unavailable(Exception):
+    """The store could not be written or read; nothing of the request was stored, and trying again later may help."""
+
+
 class Receipt(NamedTuple):
     """What became of a batch: repeats by index, everything else new from `first_seq` on; and of the group it was committed
     with: its size in events, and how long the commit took, in microseconds."""
@@ -1189,16 +1200,16 @@ class Pipeline:
         self._open_store = open_store
         self._clock = clock
         # Owner: this loop. Publishers put without waiting (the bound is checked first), the consumer waits in get().
-        self._queue: "asyncio.Queue[_Batch]" = asyncio.Queue(max_events)
+        self._queue: asyncio.Queue[_Batch] = asyncio.Queue(max_events)
         self._in_flight = 0  # events taken and neither committed nor refused
         self._in_flight_bytes = 0
         self._taken = 0  # events ever taken and not refused since
-        self.duplicates: "deque[Tuple[Record, Verdict, int]]" = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
+        self.duplicates: deque[Tuple[Record, Verdict, int]] = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
         self._stopping = False
         self._failure = ""  # why the last commit failed, empty once one succeeds
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "writer")
         self._reading = concurrent.futures.ThreadPoolExecutor(1, "reader")
-        self._tasks: "List[asyncio.Task[None]]" = []
+        self._tasks: List[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Open the store and start the consumer. Raises StoreError."""
@@ -1210,16 +1221,15 @@ class Pipeline:
 
     async def publish(self, events: List[Event], size: int, wait: bool = True) -> Optional[Receipt]:
         """Take a batch (`size` is the bytes it came in). With `wait`, return its receipt once it is on disk; without,
-        return None once it is queued. Raises BatchTooLarge, QueueFull, Stopping, and StoreFailed (nothing stored)."""
+        return None once it is queued. Raises BatchTooLarge, QueueFull, Stopping, and Unavailable."""
         n = len(events)
         if n > self.max_events:
-            raise BatchTooLarge("{} events in one request, and the queue holds {}: send at most {} at a time".format(
-                n, self.max_events, self.max_events))
+            raise BatchTooLarge(f"{n} events in one request, and the queue holds {self.max_events}: send fewer at a time")
         if self._stopping:
             raise Stopping("the service is stopping: send again in a moment")
-        if self._in_flight + n > self.max_events or self._in_flight and self._in_flight_bytes + size > QUEUE_MAX_BYTES:
-            raise QueueFull("{} of {} events are queued and {} more do not fit: send again after Retry-After".format(
-                self._in_flight, self.max_events, n))
+        if self._in_flight + n > self.max_events or (self._in_flight and self._in_flight_bytes + size > QUEUE_MAX_BYTES):
+            raise QueueFull(f"{self._in_flight} of {self.max_events} events are queued and {n} more do not fit: send again"
+                            " after Retry-After")
         # No await between the check and the put: no other publisher can come between.
         done = self._loop.create_future() if wait else None
         self._queue.put_nowait(_Batch([record(event) for event in events], size, done))
@@ -1244,20 +1254,20 @@ class Pipeline:
                 count += len(group[-1].records)
             records = group[0].records if len(group) == 1 else [each for batch in group for each in batch.records]
             started = self._loop.time()
-            outcome: Union[Decision, Exception]
+            outcome: Union[Decision, Unavailable]
             try:
                 outcome = await self._loop.run_in_executor(self._writer, self._store.commit, records, self._clock())
                 self._failure = ""
             except Exception as error:  # whatever it is, the next group may go through
-                outcome = error if isinstance(error, StoreFailed) else StoreFailed("a commit failed: {!r}".format(error))
-                self._failure = str(outcome)
+                self._failure = str(error) if isinstance(error, StoreFailed) else f"a commit failed: {error!r}"
+                outcome = Unavailable(self._failure)
                 log.error("COMMIT FAILED - %d events of %d requests refused, nothing of them stored: %s", count,
                           len(group), outcome, exc_info=not isinstance(error, StoreFailed))
             self._settle(group, count, outcome, int((self._loop.time() - started) * 1e6))
             if isinstance(outcome, Decision):
                 _log_group(records, outcome)
 
-    def _settle(self, group: List[_Batch], count: int, outcome: Union[Decision, Exception], commit_us: int) -> None:
+    def _settle(self, group: List[_Batch], count: int, outcome: Union[Decision, Unavailable], commit_us: int) -> None:
         """Take a finished group off the books and answer its publishers. Not interruptible: it does not await."""
         at = taken = 0
         for batch in group:
@@ -1265,7 +1275,7 @@ class Pipeline:
             self._in_flight -= n
             self._in_flight_bytes -= batch.size
             waits = batch.done is not None and not batch.done.done()
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, Unavailable):
                 self._taken -= n
                 if batch.done is None:
                     log.error("LOST - %d events taken with wait=0 could not be stored", n)
@@ -1279,8 +1289,8 @@ class Pipeline:
                     self.duplicates.append((batch.records[index - at], verdict, outcome.now_us))
                     taken += 1
                 if waits and batch.done is not None:
-                    batch.done.set_result(Receipt(batch.records, outcome.first_seq + at - taken + len(repeats), repeats, outcome.now_us,
-                                                  count, commit_us))
+                    first = outcome.first_seq + at - taken + len(repeats)
+                    batch.done.set_result(Receipt(batch.records, first, repeats, outcome.now_us, count, commit_us))
             at += n
             self._queue.task_done()
 
@@ -1295,23 +1305,28 @@ class Pipeline:
                 log.error("RETENTION FAILED - will try again: %s", error)
 
     async def page(self, query: EventQuery, separator: str = ",") -> Page:
-        """Events, see Reader.page. Raises StoreFailed."""
-        return await self._loop.run_in_executor(self._reading, self._reader.page, query, separator)
+        """Events, see Reader.page. Raises Unavailable."""
+        page: Page = await self._ask(self._reading, self._reader.page, query, separator)
+        return page
 
     async def event(self, topic: str, event_id: str) -> Tuple[Optional[int], Optional[str]]:
         """The seq of an identity, None if it was never seen; and its event as JSON text, None if retention has removed
-        it. Raises StoreFailed."""
-        seq = await self._loop.run_in_executor(self._writer, self._store.locate, topic, event_id)
-        if seq is None:
-            return None, None
-        return seq, await self._loop.run_in_executor(self._reading, self._reader.event, seq)
+        it. Raises Unavailable."""
+        seq = await self._ask(self._writer, self._store.locate, topic, event_id)
+        return seq, None if seq is None else await self._ask(self._reading, self._reader.event, seq)
 
     async def stats(self) -> Dict[str, Any]:
-        """The books, balanced: what the store has counted, and what is taken and not yet counted. Raises StoreFailed."""
-        found = await self._loop.run_in_executor(self._reading, self._reader.stats)
+        """The books, balanced: what the store has counted, and what is taken and not yet counted. Raises Unavailable."""
+        found = await self._ask(self._reading, self._reader.stats)
         counted = found["unique_processed"] + found["duplicate_dropped"]
         # `_taken` is read after the snapshot and never runs behind it, so what is left is what was still in flight.
         return {"received": self._taken, **found, "current_queue_size": self._taken - counted}
+
+    async def _ask(self, thread: concurrent.futures.Executor, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return await self._loop.run_in_executor(thread, call, *arguments)
+        except StoreFailed as error:
+            raise Unavailable(str(error)) from error
 
     async def health(self) -> str:
         """Why events cannot be stored right now, or "" if they can. After a failure it finds out by writing."""
@@ -1395,9 +1410,10 @@ class HTTPError(Exception):
 
 
 class Head(NamedTuple):
-    """What stands before the body. `path` is the raw path split at "/" and percent-decoded, without the empty first part;
-    `query` is decoded; header names are lower case, values of repeated fields are joined by ", " (RFC 9110 §5.3). `length`
-    is the body's in bytes, None for chunked; `content_type` is without parameters, in lower case. Heads are shared between requests: never change one."""
+    """What stands before the body. `path` is the raw path split at "/" and percent-decoded, without the empty first
+    part; `query` is decoded; header names are lower case, values of repeated fields are joined by ", " (RFC 9110 §5.3);
+    `content_type` is without parameters, in lower case; `length` is the body's in bytes, None for chunked. Heads are
+    shared between requests: never change one."""
     method: str
     path: Tuple[str, ...]
     query: Dict[str, str]
@@ -1462,7 +1478,7 @@ def _parse_query(raw: bytes) -> Dict[str, str]:
             name, _, value = pair.partition(b"=")
             key = percent_decode(name, True)
             if key in query:
-                raise HTTPError("bad-parameter", "the query parameter {!a} is given twice".format(key))
+                raise HTTPError("bad-parameter", f"the query parameter {key!a} is given twice")
             query[key] = percent_decode(value, True)
     return query
 
@@ -1511,8 +1527,8 @@ class RequestParser:
             text = yield from self._until(b"\r\n\r\n", MAX_HEAD_BYTES, "headers-too-large", "the request head", True)
             head = _parse_head(text)
             if head.length is not None and head.length > self._max_body:
-                raise HTTPError("too-large", "the body has {} bytes and at most {} are taken: send less at a time".format(
-                    head.length, self._max_body))
+                raise HTTPError("too-large", f"the body has {head.length} bytes and at most {self._max_body} are taken:"
+                                " send less at a time")
             self.phase = "body"
             self.wants_continue = head.expects_continue
             if head.length is None:
@@ -1534,10 +1550,9 @@ class RequestParser:
         while True:
             at = buffer.find(end, max(0, self._scanned - len(end) + 1))
             if head and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2) < 0 and len(buffer) > MAX_REQUEST_LINE_BYTES + 1:
-                raise HTTPError("target-too-long", "the request line is longer than {} bytes".format(
-                    MAX_REQUEST_LINE_BYTES))
+                raise HTTPError("target-too-long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
             if (at if at >= 0 else len(buffer) - len(end) + 1) > limit:
-                raise HTTPError(problem, "{} is longer than {} bytes".format(what, limit))
+                raise HTTPError(problem, f"{what} is longer than {limit} bytes")
             if at >= 0:
                 taken = bytes(buffer[:at])
                 del buffer[:at + len(end)]
@@ -1545,7 +1560,7 @@ class RequestParser:
                 return taken
             # RFC 9112 §2.2 lets a recipient take a bare LF for a line end; we do not, and say so before a time-out does.
             if _BARE_EOL.search(buffer, max(0, self._scanned - 1)):
-                _refuse("{} has a line that does not end with CR LF".format(what))
+                _refuse(f"{what} has a line that does not end with CR LF")
             self._scanned = len(buffer)
             yield None
 
@@ -1561,8 +1576,8 @@ class RequestParser:
             if size == 0:
                 break
             if len(body) + size > self._max_body:
-                raise HTTPError("too-large", "the body has more than the {} bytes that are taken: send less at a time".format(
-                    self._max_body))
+                raise HTTPError("too-large", f"the body has more than the {self._max_body} bytes that are taken: send"
+                                " less at a time")
             while len(buffer) < size + 2:
                 if len(buffer) > size and buffer[size] != 13:
                     break
@@ -1578,7 +1593,7 @@ class RequestParser:
                 return bytes(body)
             count, size = count + 1, size + len(line)
             if count > MAX_FIELDS:
-                raise HTTPError("headers-too-large", "there are more than {} trailer fields".format(MAX_FIELDS))
+                raise HTTPError("headers-too-large", f"there are more than {MAX_FIELDS} trailer fields")
             if _FIELD.fullmatch(line) is None:
                 _refuse("a trailer field is not valid")
 
@@ -1611,14 +1626,14 @@ def _parse_request_line(line: bytes) -> Tuple[str, bytes, bool]:
         raise HTTPError("version-not-supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
     name = method.decode("ascii")
     if name not in METHODS:
-        raise HTTPError("not-implemented", "the method {} is not known here".format(name[:40]))
+        raise HTTPError("not-implemented", f"the method {name[:40]} is not known here")
     return name, target, minor == b"0"
 
 
 def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
     """Header fields by lower-case name; repeated ones joined, so that what must stand alone no longer matches its form."""
     if len(lines) > MAX_FIELDS:
-        raise HTTPError("headers-too-large", "there are more than {} header fields".format(MAX_FIELDS))
+        raise HTTPError("headers-too-large", f"there are more than {MAX_FIELDS} header fields")
     headers: Dict[str, str] = {}
     for line in lines:
         match = _FIELD.fullmatch(line)
@@ -1630,7 +1645,7 @@ def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
             value = headers[name] + ", " + value
         headers[name] = value
         if "_" in name and _FORGED_LENGTH.fullmatch(name):
-            _refuse("the header field {} may be taken for another by a gateway".format(name))
+            _refuse(f"the header field {name} may be taken for another by a gateway")
     return headers
 
 
@@ -1707,7 +1722,7 @@ def _inflate(body: bytes, limit: int) -> bytes:
         parts.append(part)
         size += len(part)
         if size > limit:
-            raise HTTPError("too-large", "the body inflates to more than {} bytes: send less at a time".format(limit))
+            raise HTTPError("too-large", f"the body inflates to more than {limit} bytes: send less at a time")
         if not member.eof:
             _refuse("the gzip body is cut off")
         body = member.unused_data
@@ -1739,8 +1754,8 @@ def http_date(instant_s: float) -> str:
     'Thu, 01 Jan 1970 00:00:00 GMT'
     """
     t = time.gmtime(instant_s)
-    return "{}, {:02d} {} {:04d} {:02d}:{:02d}:{:02d} GMT".format(
-        _DAYS[t.tm_wday], t.tm_mday, _MONTHS[t.tm_mon - 1], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec)
+    return (f"{_DAYS[t.tm_wday]}, {t.tm_mday:02d} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04d}"
+            f" {t.tm_hour:02d}:{t.tm_min:02d}:{t.tm_sec:02d} GMT")
 
 
 def encode_response(response: Response, date: str, keep_alive: bool, head_only: bool = False,
@@ -1756,14 +1771,14 @@ def encode_response(response: Response, date: str, keep_alive: bool, head_only: 
 @functools.lru_cache(HEADS_KEPT)  # most answers of one second have the same head
 def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str], ...], length: Optional[int], date: str,
                  keep_alive: bool, chunked: bool) -> bytes:
-    lines = ["HTTP/1.1 {} {}".format(status, REASONS[status]), "Date: " + date, "Server: aggregator/" + __version__]
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Date: " + date, "Server: aggregator/" + __version__]
     if status != 204:
         lines.append("Content-Type: " + content_type)
         if length is not None:
-            lines.append("Content-Length: {}".format(length))
+            lines.append(f"Content-Length: {length}")
         elif chunked:
             lines.append("Transfer-Encoding: chunked")
-    lines += ["{}: {}".format(name, value) for name, value in headers]
+    lines += [f"{name}: {value}" for name, value in headers]
     if not keep_alive:
         lines.append("Connection: close")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
@@ -1806,7 +1821,7 @@ ROUTES = (
 
 _ERROR_PROBLEMS: Tuple[Tuple[type, str], ...] = (
     (NotJSON, "not-json"), (InvalidEvents, "invalid-event"), (BatchTooLarge, "batch-too-large"), (QueueFull, "queue-full"),
-    (Stopping, "stopping"), (StoreFailed, "store-unavailable"))
+    (Stopping, "stopping"), (Unavailable, "store-unavailable"))
 _DURATION = re.compile(r"([0-9]{1,9})(us|ms|s|m|h|d|w|)")
 _DURATION_US = {"us": 1, "ms": 1000, "s": 1_000_000, "": 1_000_000, "m": 60_000_000, "h": 3_600_000_000,
                 "d": 86_400_000_000, "w": 604_800_000_000}
@@ -1853,7 +1868,7 @@ def _problem(error: Exception) -> Response:
             if isinstance(error, InvalidEvents):
                 listed = [fault._asdict() for fault in error.faults[:MAX_FAULTS]]
                 return problem(HTTPError(name, "{} found in the events; nothing was taken{}".format(
-                    error, "" if len(listed) == len(error.faults) else ", and the first {} are listed".format(MAX_FAULTS)),
+                    error, "" if len(listed) == len(error.faults) else f", and the first {MAX_FAULTS} are listed"),
                     errors=listed))
             return problem(HTTPError(name, str(error)))
     log.error("a bug while answering a request", exc_info=error)
@@ -1890,7 +1905,7 @@ class API:
                     _shown("/" + "/".join(request.head.path))))
             route = routes.get("GET" if request.head.method == "HEAD" else request.head.method)
             if route is None:
-                raise HTTPError("method-not-allowed", "use {}".format(_allow(routes)), (("Allow", _allow(routes)),))
+                raise HTTPError("method-not-allowed", f"use {_allow(routes)}", (("Allow", _allow(routes)),))
             for name in request.head.query:
                 if name not in route.parameters:
                     raise HTTPError("bad-parameter", "{} has no parameter {}; it has: {}".format(
@@ -1926,17 +1941,18 @@ class API:
             return Response(202, b'{"status":"accepted","accepted":%d,"stored":false}\n' % len(events))
         repeats = len(receipt.repeats)
         conflicts = sum([verdict.kind == "conflict" for _, verdict in receipt.repeats]) if repeats else 0
-        return Response(202, b'{"status":"accepted","accepted":%d,"unique":%d,"duplicates":%d,"conflicts":%d,"stored":true%b}\n' % (
-            len(events), len(events) - repeats, repeats, conflicts, _listed_verdicts(receipt, explain) if listed else b""))
+        return Response(202, b'{"status":"accepted","accepted":%d,"unique":%d,"duplicates":%d,"conflicts":%d,"stored":true%b}\n'
+                        % (len(events), len(events) - repeats, repeats, conflicts,
+                           _listed_verdicts(receipt, explain) if listed else b""))
 
     def _text_events(self, request: Request) -> List[Event]:
         for name in ("topic", "source"):
             if name not in request.head.query:
-                raise HTTPError("bad-parameter", "text/plain needs ?topic= and ?source=: {} is missing".format(name))
+                raise HTTPError("bad-parameter", f"text/plain needs ?topic= and ?source=: {name} is missing")
         key = request.head.headers.get("idempotency-key")
-        return events_from_lines(decode_text(request.body), request.head.query["topic"], request.head.query["source"], self._clock(),
-                                 (lambda number: self._random_id()) if key is None else (
-                                     lambda number: "{}:{}".format(key, number)))
+        new_id = (lambda number: self._random_id()) if key is None else (lambda number: f"{key}:{number}")
+        return events_from_lines(decode_text(request.body), request.head.query["topic"], request.head.query["source"],
+                                 self._clock(), new_id)
 
     async def _put_event(self, request: Request, peer: str) -> Response:
         text = decode_text(request.body)
@@ -1954,9 +1970,8 @@ class API:
         assert receipt is not None
         verdict = next(receipt.verdicts())
         if verdict.kind == "conflict":
-            raise HTTPError("conflict", "event_id {} of topic {} is stored as seq {} with another source or payload, which"
-                            " stays: choose another event_id".format(_shown(events[0].event_id), _shown(events[0].topic),
-                                                                     verdict.seq))
+            raise HTTPError("conflict", f"event_id {_shown(events[0].event_id)} of topic {_shown(events[0].topic)} is stored"
+                            f" as seq {verdict.seq} with another source or payload, which stays: choose another event_id")
         return Response(201 if verdict.kind == "new" else 200, _json({
             "topic": events[0].topic, "event_id": events[0].event_id, "verdict": verdict.kind, "seq": verdict.seq}))
 
@@ -1970,16 +1985,16 @@ class API:
             return Response(200, self._lines(query, first, "limit" in request.head.query), "application/x-ndjson")
         page = await self._pipeline.page(query)
         following = "null" if page.next is None else '"{}{}.{}"'.format("d" if query.descending else "a", *page.next)
-        return Response(200, '{{"count":{},"events":[{}],"next":{}}}\n'.format(page.count, page.text, following).encode("utf-8"))
+        return Response(200, f'{{"count":{page.size},"events":[{page.text}],"next":{following}}}\n'.encode())
 
     async def _lines(self, query: EventQuery, page: Page, limited: bool) -> AsyncIterator[bytes]:
         """All pages, one in memory at a time; up to `query.limit` events if `limited`, else to the end."""
         left = query.limit
         while True:
-            if page.count:
+            if page.size:
                 yield page.text.encode("utf-8") + b"\n"
-            left -= page.count
-            if page.next is None or limited and left <= 0:
+            left -= page.size
+            if page.next is None or (limited and left <= 0):
                 return
             query = query._replace(after=page.next, limit=left if limited else PAGE_MAX)
             page = await self._pipeline.page(query, "\n")
@@ -1988,7 +2003,7 @@ class API:
         get = request.head.query.get
         topic, order = get("topic"), get("order", "asc")
         if order not in ("asc", "desc"):
-            raise HTTPError("bad-parameter", "order must be asc or desc, not {}".format(_shown(order)))
+            raise HTTPError("bad-parameter", f"order must be asc or desc, not {_shown(order)}")
         after = None
         if "cursor" in request.head.query:
             match = _CURSOR.fullmatch(request.head.query["cursor"])
@@ -2011,18 +2026,16 @@ class API:
                 return self._clock() - parse_duration(text)
             return parse_timestamp(_mend_offset(text))
         except ValueError as error:
-            raise HTTPError("bad-parameter", "{} {}, nor a duration such as 10m, 2h or 7d: {}".format(
-                name, error, _shown(text)))
+            raise HTTPError("bad-parameter", f"{name} {error}, nor a duration such as 10m, 2h or 7d: {_shown(text)}")
 
     async def _get_event(self, request: Request, peer: str) -> Response:
         topic, event_id = "/".join(request.head.path[1:-1]), request.head.path[-1]
         seq, text = await self._pipeline.event(topic, event_id)
         if seq is None:
-            raise HTTPError("no-such-event", "no event {} was ever stored under topic {}".format(_shown(event_id),
-                                                                                              _shown(topic)))
+            raise HTTPError("no-such-event", f"no event {_shown(event_id)} was ever stored under topic {_shown(topic)}")
         if text is None:
-            raise HTTPError("gone", "the event was stored as seq {} and retention has removed it since; its identity is still"
-                            " known, so a repeat of it is a duplicate".format(seq))
+            raise HTTPError("gone", f"the event was stored as seq {seq} and retention has removed it since; its identity is still"
+                            " known, so a repeat of it is a duplicate")
         return Response(200, text.encode("utf-8") + b"\n")
 
     async def _list_duplicates(self, request: Request, peer: str) -> Response:
@@ -2073,14 +2086,14 @@ def _flag(request: Request, name: str, default: bool) -> bool:
         return default
     text = request.head.query.get(name, "1" if default else "0").lower()
     if text not in ("0", "1", "true", "false"):
-        raise HTTPError("bad-parameter", "{} must be 0 or 1, not {}".format(name, _shown(text)))
+        raise HTTPError("bad-parameter", f"{name} must be 0 or 1, not {_shown(text)}")
     return text in ("1", "true")
 
 
 def _limit(request: Request) -> int:
     text = request.head.query.get("limit", str(PAGE_DEFAULT))
     if re.fullmatch("[0-9]{1,9}", text) is None or not 1 <= int(text) <= PAGE_MAX:
-        raise HTTPError("bad-parameter", "limit must be a number from 1 to {}, not {}".format(PAGE_MAX, _shown(text)))
+        raise HTTPError("bad-parameter", f"limit must be a number from 1 to {PAGE_MAX}, not {_shown(text)}")
     return int(text)
 
 
@@ -2109,7 +2122,7 @@ def _mend_offset(text: str) -> str:
 
 class _Connection:
     """What the sweeper needs to know of one connection. Instants are the loop's, in seconds."""
-    __slots__ = ("task", "writer", "phase", "since", "progress", "received", "expired", "peer")
+    __slots__ = ("expired", "peer", "phase", "progress", "received", "since", "task", "writer")
 
     def __init__(self, task: "asyncio.Task[Any]", writer: asyncio.StreamWriter, now: float) -> None:
         self.task = task
@@ -2133,12 +2146,12 @@ class _Connection:
         if self.phase == "idle":
             return "idle" if age > IDLE_TIMEOUT_S else ""
         if self.phase == "head":
-            return "the request head took longer than {:.0f} s".format(HEAD_TIMEOUT_S) if age > HEAD_TIMEOUT_S else ""
+            return f"the request head took longer than {HEAD_TIMEOUT_S:.0f} s" if age > HEAD_TIMEOUT_S else ""
         if self.phase == "body":
             if now - self.progress > BODY_STALL_TIMEOUT_S:
-                return "no byte of the body came for {:.0f} s".format(BODY_STALL_TIMEOUT_S)
+                return f"no byte of the body came for {BODY_STALL_TIMEOUT_S:.0f} s"
             if age > BODY_GRACE_S and self.received < age * BODY_MIN_BYTES_PER_S:
-                return "the body came slower than {} bytes/s".format(BODY_MIN_BYTES_PER_S)
+                return f"the body came slower than {BODY_MIN_BYTES_PER_S} bytes/s"
         return "write" if self.phase == "write" and age > WRITE_TIMEOUT_S else ""
 
 
@@ -2202,7 +2215,7 @@ class Server:
         assert task is not None
         connection = _Connection(task, writer, asyncio.get_running_loop().time())
         if len(self._connections) >= self._max_connections:
-            refusal = HTTPError("too-many-connections", "{} connections are open: try again".format(len(self._connections)))
+            refusal = HTTPError("too-many-connections", f"{len(self._connections)} connections are open: try again")
             await self._farewell(connection, reader, refusal)
             return
         self._connections.add(connection)
@@ -2271,7 +2284,7 @@ class Server:
                     writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
                     connection.phase, connection.since = "write", loop.time()
                     await writer.drain()
-            except StoreFailed as error:  # the status is long gone: an unfinished body is the only honest signal left
+            except Unavailable as error:  # the status is long gone: an unfinished body is the only honest signal left
                 log.error("a list was cut off: %s", error)
                 writer.transport.abort()
                 return False
@@ -2327,7 +2340,7 @@ class Setting(NamedTuple):
 def _read_number(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if re.fullmatch("[0-9]{1,18}", text) is None or not least <= int(text) <= most:
-            raise ValueError("must be a number from {} to {}".format(least, most))
+            raise ValueError(f"must be a number from {least} to {most}")
         return int(text)
     return read
 
@@ -2378,8 +2391,8 @@ def read_settings(command: str, arguments: Sequence[str], environment: Dict[str,
     parser.add_argument("--version", action="version", version=versions())
     known = [setting for setting in SETTINGS if command == "serve" or setting.flag == "--db"]
     for setting in known:
-        parser.add_argument(setting.flag, metavar=setting.variable, help="{} (environment: {}; default: {})".format(
-            setting.meaning, setting.variable, setting.default).replace("%", "%%"))
+        text = f"{setting.meaning} (environment: {setting.variable}; default: {setting.default})"
+        parser.add_argument(setting.flag, metavar=setting.variable, help=text.replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     settings = {}
     for setting in known:
@@ -2390,13 +2403,13 @@ def read_settings(command: str, arguments: Sequence[str], environment: Dict[str,
         try:
             settings[name] = setting.read(setting.default if text is None else text)
         except ValueError as error:
-            parser.exit(2, "aggregator.py: {} {}: {}\n".format(origin, error, _shown(text)))
+            parser.exit(2, f"aggregator.py: {origin} {error}: {_shown(text)}\n")
     return settings
 
 
 def versions() -> str:
     """What is running: our version, Python's, SQLite's."""
-    return "aggregator {} (Python {}, SQLite {})".format(__version__, sys.version.split()[0], sqlite3.sqlite_version)
+    return f"aggregator {__version__} (Python {sys.version.split()[0]}, SQLite {SQLITE_VERSION})"
 
 
 def _clock_us() -> int:
@@ -2406,7 +2419,7 @@ def _clock_us() -> int:
 def _random_id() -> str:
     """A random UUID (RFC 9562 version 4) without the uuid module, which small systems do not have."""
     value = int.from_bytes(os.urandom(16), "big") & ~(0xf << 76 | 3 << 62) | 4 << 76 | 2 << 62
-    text = "{:032x}".format(value)
+    text = f"{value:032x}"
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
@@ -2450,7 +2463,7 @@ def check(path: str) -> int:
             sound = sound and holds
             print("{}  {}".format("ok " if holds else "BAD", sentence), flush=True)
     except StoreError as error:
-        sys.stderr.write("aggregator.py: {}\n".format(error))
+        sys.stderr.write(f"aggregator.py: {error}\n")
         return 1
     return 0 if sound else 1
 
@@ -2458,7 +2471,7 @@ def check(path: str) -> int:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The program; its exit status."""
     if sys.version_info < (3, 8):
-        sys.stderr.write("aggregator.py: this is Python {}; 3.8 or newer is needed\n".format(sys.version.split()[0]))
+        sys.stderr.write(f"aggregator.py: this is Python {sys.version.split()[0]}; 3.8 or newer is needed\n")
         return 2
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
