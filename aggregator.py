@@ -34,6 +34,7 @@ came for it may skip §5 to §8.
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import itertools
@@ -68,7 +69,7 @@ MAX_SEQUENCE = 2 ** 63 - 1  # SQLite's largest INTEGER
 MAX_NESTING = 100  # levels of a payload; far below what JSON readers stop at (SQLite 1,000, Python about 1,000)
 MAX_INT_DIGITS = 308  # a longer integer is infinite to every reader that keeps numbers as IEEE doubles (RFC 8259 §6)
 MAX_DURATION_US = 1000 * 366 * 86_400_000_000  # of a retention or a "since": what is longer is a slip
-MAX_FAULTS = 1000  # faults listed in one answer
+MAX_FAULTS = 1000  # faults looked for and listed in one answer
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # default of --max-body, before and after inflating; a full queue of common events
 MAX_REQUEST_LINE_BYTES = 8000  # RFC 9112 §3: "RECOMMENDED … at a minimum, request-line lengths of 8000 octets"
@@ -76,6 +77,7 @@ MAX_HEAD_BYTES = 32 * 1024  # request line and fields
 MAX_FIELDS = 100  # header fields of one request, and trailer fields
 MAX_CHUNK_LINE_BYTES = 1024  # a chunk's size with its extensions
 MAX_TRAILER_BYTES = 8 * 1024
+MAX_GZIP_MEMBERS = 100  # of one body; `cat a.gz b.gz` makes two
 HEADS_KEPT = 128  # parsed heads remembered by their bytes, at most 4 MB of them
 
 QUEUE_MAX_EVENTS = 10_000  # default of --queue-max-size
@@ -115,7 +117,8 @@ WRITE_TIMEOUT_S = 30.0  # a client that does not read its answer
 LINGER_TIMEOUT_S = 2.0  # how long what a refused client still sends is read and thrown away (RFC 9112 §9.6)
 SWEEP_INTERVAL_S = 0.25  # how exactly deadlines are kept
 STOP_REQUESTS_S = 4.0  # for requests under way at SIGTERM
-STOP_DRAIN_S = 5.0  # for the queue after that; together under the 10 s that `docker stop` grants
+STOP_DRAIN_S = 4.0  # for the queue after that; together well under the 10 s that `docker stop` grants
+HEALTH_PROBE_S = 60.0  # a health check writes if no commit has proved for so long that the store can be written
 
 # One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457).
 PROBLEMS: Dict[str, Tuple[int, str]] = {
@@ -181,11 +184,19 @@ class NotJSON(ValueError):
 
 
 class InvalidEvents(ValueError):
-    """The JSON is well-formed and at least one event in it is not valid; `faults` lists everything that is wrong."""
+    """The JSON is well-formed and at least one event in it is not valid; `faults` lists what is wrong, up to MAX_FAULTS."""
 
     def __init__(self, faults: List[Fault]) -> None:
-        super().__init__("{} fault{}".format(len(faults), "" if len(faults) == 1 else "s"))
+        super().__init__("{}{} fault{}".format(len(faults), " or more" if len(faults) == MAX_FAULTS else "",
+                                               "" if len(faults) == 1 else "s"))
         self.faults = faults
+
+
+class BatchTooLarge(ValueError):
+    """The batch is larger than the whole queue and could never be taken."""
+
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__(f"{count} events in one request, and the queue holds {most}: send at most {most} at a time")
 
 
 _NAME = re.compile("[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
@@ -252,7 +263,7 @@ def format_timestamp(instant_us: int) -> str:
 def _integer(digits: str) -> Union[int, float]:
     """An integer that no double can hold becomes infinity, as 1e999 does, and is refused with it further down. It also
     keeps `int` from the quadratic time that 100,000 digits cost on Pythons before 3.8.14."""
-    return int(digits) if len(digits) <= MAX_INT_DIGITS else float("inf")
+    return int(digits) if len(digits.lstrip("-")) <= MAX_INT_DIGITS else float("inf")
 
 
 _DECODER = json.JSONDecoder(parse_int=_integer)
@@ -294,7 +305,8 @@ def json_values(text: str) -> List[Any]:
         try:
             value, at = _DECODER.raw_decode(text, at)
         except RecursionError:
-            raise InvalidEvents([Fault(len(values), "", f"is nested deeper than {MAX_NESTING} levels")])
+            index = sum(len(before) if isinstance(before, list) else 1 for before in values)
+            raise InvalidEvents([Fault(index, "", f"is nested deeper than {MAX_NESTING} levels")])
         except json.JSONDecodeError as error:
             raise NotJSON(f"at line {error.lineno}, column {error.colno}: {error.msg[:1].lower() + error.msg[1:]};"
                           f" what stands there is {_shown(text[error.pos:error.pos + 20])}")
@@ -304,9 +316,9 @@ def json_values(text: str) -> List[Any]:
     return values
 
 
-def parse_events(body: bytes) -> List[Event]:
-    """A body (one or more of: an event, a list of events, {"events": [...]}) to its events, in order, at least one.
-    Raises NotJSON or InvalidEvents.
+def parse_events(body: bytes, most: int = QUEUE_MAX_EVENTS) -> List[Event]:
+    """A body (one or more of: an event, a list of events, {"events": [...]}) to its events, in order, from one to `most`.
+    Raises NotJSON, BatchTooLarge or InvalidEvents.
 
     >>> [e.event_id for e in parse_events(b'{"topic":"t","event_id":"1","timestamp":"2026-01-01","source":"s",'
     ...                                   b'"payload":{}}')]
@@ -328,6 +340,8 @@ def parse_events(body: bytes) -> List[Event]:
             candidates.append(value)
     if not candidates:
         raise InvalidEvents([Fault(0, "", "is missing: the list holds no event")])
+    if len(candidates) > most:
+        raise BatchTooLarge(len(candidates), most)
     return read_events(candidates)
 
 
@@ -338,7 +352,8 @@ def read_events(values: Sequence[Any]) -> List[Event]:
                       _read_repeated_name(value["source"]), _read_payload(value["payload"]),
                       _read_sequence(value["sequence"]) if "sequence" in value else None) for value in values]
     except (KeyError, TypeError, ValueError):  # something is wrong somewhere: look again, slowly, and say what and where
-        raise InvalidEvents([fault for index, value in enumerate(values) for fault in _faults(value, index)])
+        faults = (fault for index, value in enumerate(values) for fault in _faults(value, index))
+        raise InvalidEvents(list(itertools.islice(faults, MAX_FAULTS)))
 
 
 def _faults(value: Any, index: int) -> Iterator[Fault]:
@@ -370,8 +385,7 @@ def _read_name(value: Any) -> str:
     if value.isspace():
         raise ValueError("must not be blank")
     if len(value.encode("utf-8")) > MAX_NAME_BYTES:
-        raise ValueError("must have at most {} bytes in UTF-8, not {}".format(MAX_NAME_BYTES,
-                                                                             len(value.encode("utf-8"))))
+        raise ValueError("must have at most {} bytes in UTF-8, not {}".format(MAX_NAME_BYTES, len(value.encode("utf-8"))))
     return value
 
 
@@ -421,8 +435,7 @@ def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level and depth <= MAX_NESTING:
         depth += 1
-        level = [child for parent in level
-                 for child in (parent.values() if isinstance(parent, dict) else parent)
+        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)
                  if isinstance(child, (dict, list))]
     return depth
 
@@ -435,9 +448,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def events_from_lines(text: str, topic: str, source: str, instant_us: int, new_id: Callable[[int], str]) -> List[Event]:
-    """Plain text to one event a line with payload {"message": line}; blank lines are none. `new_id` names the event of
-    a line by its number, from 1. Raises InvalidEvents, also when there is no line."""
+def events_from_lines(text: str, topic: str, source: str, instant_us: int, new_id: Callable[[int], str],
+                      most: int = QUEUE_MAX_EVENTS) -> List[Event]:
+    """Plain text of up to `most` lines to one event a line with payload {"message": line}; blank lines are none. `new_id`
+    names the event of a line by its number, from 1. Raises BatchTooLarge, and InvalidEvents, also when there is no line."""
+    if text.count("\n") > most:
+        raise BatchTooLarge(text.count("\n"), most)
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
     stamp = format_timestamp(instant_us)
     values = [{"topic": topic, "event_id": new_id(number), "timestamp": stamp, "source": source,
@@ -588,10 +604,8 @@ _PROGRESS = "UPDATE progress SET through = ? WHERE part = ?"
 _COUNT = ("INSERT INTO stats(kind, name, uniques, duplicates, conflicts, removed) VALUES {rows} ON CONFLICT(kind, name) DO"
           " UPDATE SET uniques = uniques + excluded.uniques, duplicates = duplicates + excluded.duplicates,"
           " conflicts = conflicts + excluded.conflicts, removed = removed + excluded.removed")
-_MERGE = (
-    "INSERT INTO seen SELECT key, seq, fingerprint, first_seen FROM recent.ids WHERE key >= :low AND key < :high"
-    " ON CONFLICT(key) DO NOTHING",
-    "DELETE FROM recent.ids WHERE key >= :low AND key < :high")
+_MERGE = ("INSERT INTO seen SELECT key, seq, fingerprint, first_seen FROM recent.ids WHERE key >= :low AND key < :high"
+    " ON CONFLICT(key) DO NOTHING", "DELETE FROM recent.ids WHERE key >= :low AND key < :high")
 _ENTOMB = ("INSERT INTO seen SELECT key, seq, fingerprint, processed_at FROM processed_events WHERE seq IN (SELECT value FROM"
            " json_each(?)) ORDER BY key ON CONFLICT(key) DO NOTHING")
 _EXPIRE = ("DELETE FROM seen WHERE key >= :low AND key < :high AND first_seen < :before AND (seq < (SELECT min(seq) FROM"
@@ -646,8 +660,7 @@ def _in_rows(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any
     while at < len(rows):
         left = len(rows) - at
         n = min(most, left // 256 * 256 or left // 64 * 64 or left)
-        found = db.execute(_with_rows(statement, n, width),
-                           list(itertools.chain.from_iterable(rows[at:at + n]))).fetchone()
+        found = db.execute(_with_rows(statement, n, width), list(itertools.chain.from_iterable(rows[at:at + n]))).fetchone()
         if found is not None:
             yield found[0]
         at += n
@@ -663,33 +676,20 @@ def _run(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) 
         pass
 
 
-class _Transaction:
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
     """All or nothing: commits at the end of the block, rolls back on any exception; SQLite's become StoreFailed."""
-
-    def __init__(self, db: sqlite3.Connection, mode: str = "IMMEDIATE") -> None:
-        self._db = db
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        try:
-            self._db.execute("BEGIN " + self._mode)
-        except sqlite3.Error as error:
-            raise StoreFailed(str(error))
-
-    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
-        if error is None:
-            try:
-                self._db.execute("COMMIT")
-                return
-            except sqlite3.Error as failure:
-                error = failure
-        try:
-            if self._db.in_transaction:  # a full disk or an I/O error has rolled back already
-                self._db.execute("ROLLBACK")
-        except sqlite3.Error:
-            pass
+    try:
+        db.execute("BEGIN " + mode)
+        yield
+        db.execute("COMMIT")
+    except BaseException as error:
+        with contextlib.suppress(sqlite3.Error):
+            if db.in_transaction:  # a full disk or an I/O error has rolled back already
+                db.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
             raise StoreFailed(str(error)) from error
+        raise
 
 
 def _own(path: str) -> sqlite3.Connection:
@@ -812,7 +812,7 @@ class Store:
 
     def commit(self, records: Sequence[Record], now_us: int) -> Decision:
         """Decide, store and count a batch in one transaction."""
-        with _Transaction(self._db):
+        with _transaction(self._db):
             repeats = self._decide(records, now_us)
             skip = {index for index, _ in repeats}
             fresh = records if not skip else [each for index, each in enumerate(records) if index not in skip]
@@ -890,10 +890,8 @@ class Store:
 
     def locate(self, topic: str, event_id: str) -> Optional[int]:
         """The seq of an identity, whether or not its event is still in the log; None if it was never seen."""
-        try:
+        with _transaction(self._db, "DEFERRED"):
             found = json.loads(self._db.execute(_with_rows(_LOOK_UP, 1, 1), (identity(topic, event_id),)).fetchone()[0])
-        except sqlite3.Error as error:
-            raise StoreFailed(str(error)) from error
         return int(found[0][1]) if found else None
 
     # Retention. Removed is what is oldest: by arrival for --retention, by timestamp for --max-events-per-topic, whichever
@@ -901,12 +899,10 @@ class Store:
 
     def tidy(self, now_us: int) -> bool:
         """One small step of retention in a transaction of its own. True if there may be more to do."""
-        try:
+        with _transaction(self._db, "DEFERRED"):
             if not self._over and not self._expired(now_us, 1):
                 return False
-        except sqlite3.Error as error:
-            raise StoreFailed(str(error)) from error
-        with _Transaction(self._db):
+        with _transaction(self._db):
             state = self._trim(self._state, now_us, TRIM_ROWS)
         self._state = state
         return True
@@ -954,7 +950,7 @@ class Store:
 
     def probe(self) -> None:
         """Prove that the store can be written, by writing."""
-        with _Transaction(self._db):
+        with _transaction(self._db):
             self._db.execute("UPDATE stats SET uniques = uniques WHERE kind = 'total'")
 
     def close(self) -> None:
@@ -1074,7 +1070,7 @@ class Reader:
                 " WHERE seq > (SELECT through FROM progress WHERE part = 'listing') AND {0} ORDER BY timestamp {1}, seq {1}"
                 .format(" AND ".join(where), "DESC" if query.descending else "ASC"))
         values *= 2
-        with _Transaction(self._db, "DEFERRED"):
+        with _transaction(self._db, "DEFERRED"):
             keys = json.loads(self._db.execute(
                 "SELECT json_group_array(json_array(timestamp, seq, (SELECT length(CAST(payload AS BLOB)) FROM"
                 " processed_events AS p WHERE p.seq = f.seq))) FROM (SELECT timestamp, seq FROM ({} LIMIT ?) AS f WHERE {}"
@@ -1090,22 +1086,21 @@ class Reader:
             elif len(filters) > 1:  # nothing more among the rows looked at: go on behind them, if there are any
                 following = self._db.execute(f"SELECT timestamp, seq FROM ({rows} LIMIT 1 OFFSET ?)",
                                              values + [scan - 1]).fetchone()
-            text = self._db.execute(
-                f"SELECT group_concat(line, ?) FROM (SELECT {_LINE} AS line FROM json_each(?) AS j CROSS JOIN"
+            text = self._db.execute(f"SELECT group_concat(line, ?) FROM (SELECT {_LINE} AS line FROM json_each(?) AS j CROSS JOIN"
                 " processed_events AS e ON e.seq = j.value)",
                 (separator, json.dumps([key[1] for key in keys[:taken]]))).fetchone()[0]
         return Page(text or "", taken, following)
 
     def event(self, seq: int) -> Optional[str]:
         """One event as JSON text, or None if it is not in the log."""
-        with _Transaction(self._db, "DEFERRED"):
+        with _transaction(self._db, "DEFERRED"):
             found = self._db.execute(f"SELECT {_LINE} FROM processed_events AS e WHERE seq = ?", (seq,)).fetchone()
         return found[0] if found else None
 
     def stats(self) -> Dict[str, Any]:
         """The totals, the topics with most events, the sources with most duplicates, the duplicates by delay, and the size
         of the store in bytes, all from one snapshot."""
-        with _Transaction(self._db, "DEFERRED"):
+        with _transaction(self._db, "DEFERRED"):
             found = json.loads(self._db.execute(
                 "SELECT json_object('total', (SELECT json_array(uniques, duplicates, conflicts, removed) FROM stats WHERE kind"
                 " = 'total'), 'topics', (SELECT json_group_array(json_array(name, uniques, duplicates, uniques - removed))"
@@ -1150,10 +1145,6 @@ class QueueFull(Exception):
     """There is no room for the batch now; nothing of it was taken."""
 
 
-class BatchTooLarge(Exception):
-    """The batch is larger than the whole queue and could never be taken."""
-
-
 class Stopping(Exception):
     """The service is shutting down and takes nothing more."""
 
@@ -1194,8 +1185,7 @@ class Pipeline:
 
     `clock` gives microseconds since 1970 UTC. `start` raises StoreError."""
 
-    def __init__(self, open_store: Callable[[], Store], clock: Callable[[], int],
-                 max_events: int = QUEUE_MAX_EVENTS) -> None:
+    def __init__(self, open_store: Callable[[], Store], clock: Callable[[], int], max_events: int = QUEUE_MAX_EVENTS) -> None:
         self.max_events = max_events
         self._open_store = open_store
         self._clock = clock
@@ -1207,6 +1197,7 @@ class Pipeline:
         self.duplicates: deque[Tuple[Record, Verdict, int]] = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
         self._stopping = False
         self._failure = ""  # why the last commit failed, empty once one succeeds
+        self._proven = 0.0  # when the store was last written, by the loop's clock
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "writer")
         self._reading = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._tasks: List[asyncio.Task[None]] = []
@@ -1217,6 +1208,7 @@ class Pipeline:
         self._store = await self._loop.run_in_executor(self._writer, self._open_store)
         self._reader = await self._loop.run_in_executor(self._reading, Reader, self._store.path)
         self._taken = await self._loop.run_in_executor(self._writer, self._store.received)
+        self._proven = self._loop.time()
         self._tasks = [self._loop.create_task(self._consume()), self._loop.create_task(self._tidy())]
 
     async def publish(self, events: List[Event], size: int, wait: bool = True) -> Optional[Receipt]:
@@ -1224,7 +1216,7 @@ class Pipeline:
         return None once it is queued. Raises BatchTooLarge, QueueFull, Stopping, and Unavailable."""
         n = len(events)
         if n > self.max_events:
-            raise BatchTooLarge(f"{n} events in one request, and the queue holds {self.max_events}: send fewer at a time")
+            raise BatchTooLarge(n, self.max_events)
         if self._stopping:
             raise Stopping("the service is stopping: send again in a moment")
         if self._in_flight + n > self.max_events or (self._in_flight and self._in_flight_bytes + size > QUEUE_MAX_BYTES):
@@ -1257,7 +1249,7 @@ class Pipeline:
             outcome: Union[Decision, Unavailable]
             try:
                 outcome = await self._loop.run_in_executor(self._writer, self._store.commit, records, self._clock())
-                self._failure = ""
+                self._failure, self._proven = "", self._loop.time()
             except Exception as error:  # whatever it is, the next group may go through
                 self._failure = str(error) if isinstance(error, StoreFailed) else f"a commit failed: {error!r}"
                 outcome = Unavailable(self._failure)
@@ -1329,17 +1321,18 @@ class Pipeline:
             raise Unavailable(str(error)) from error
 
     async def health(self) -> str:
-        """Why events cannot be stored right now, or "" if they can. After a failure it finds out by writing."""
+        """Why events cannot be stored right now, or "" if they can. Where no recent commit shows it, it finds out by
+        writing."""
         if self._stopping:
             return "the service is stopping"
         if any(task.done() for task in self._tasks):
             return "the consumer has ended"
-        if self._failure:
+        if self._failure or self._loop.time() - self._proven > HEALTH_PROBE_S:
             try:
                 await self._loop.run_in_executor(self._writer, self._store.probe)
-                self._failure = ""
+                self._failure, self._proven = "", self._loop.time()
             except Exception as error:
-                self._failure = str(error)
+                self._failure = str(error) or repr(error)
         return self._failure
 
     async def stop(self, timeout_s: float) -> bool:
@@ -1435,7 +1428,7 @@ class Request(NamedTuple):
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([^\x00-\x20\x7f#]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9112 §5: no blank before the colon
-_HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 §7.2
+_HOST = re.compile(r"(?:(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 §7.2
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
 _LENGTH = re.compile("[0-9]{1,18}")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")  # RFC 9112 §7.1
@@ -1714,6 +1707,8 @@ def _inflate(body: bytes, limit: int) -> bytes:
     parts: List[bytes] = []
     size = 0
     while body:
+        if len(parts) == MAX_GZIP_MEMBERS:
+            _refuse(f"the gzip body has more than {MAX_GZIP_MEMBERS} members")
         member = zlib.decompressobj(31)  # 31: gzip, with its checksum checked; a file may have several members
         try:
             part = member.decompress(body, limit + 1 - size)
@@ -1758,29 +1753,28 @@ def http_date(instant_s: float) -> str:
             f" {t.tm_hour:02d}:{t.tm_min:02d}:{t.tm_sec:02d} GMT")
 
 
-def encode_response(response: Response, date: str, keep_alive: bool, head_only: bool = False,
-                    chunked: bool = False) -> bytes:
+def encode_response(response: Response, date: str, keep_alive: bool, head_only: bool = False, http_1_0: bool = False) -> bytes:
     """The head, and the body if it is all there. RFC 9110 §8.6: 204 has no Content-Length; §9.3.2: HEAD gets the head
     that GET would; a stream is chunked, or ends with the connection for HTTP/1.0."""
     body = response.body
     length = len(body) if isinstance(body, bytes) else None
-    head = _encode_head(response.status, response.content_type, response.headers, length, date, keep_alive, chunked)
+    head = _encode_head(response.status, response.content_type, response.headers, length, date, keep_alive, http_1_0)
     return head + body if isinstance(body, bytes) and not head_only else head
 
 
 @functools.lru_cache(HEADS_KEPT)  # most answers of one second have the same head
 def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str], ...], length: Optional[int], date: str,
-                 keep_alive: bool, chunked: bool) -> bytes:
+                 keep_alive: bool, http_1_0: bool) -> bytes:
     lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Date: " + date, "Server: aggregator/" + __version__]
     if status != 204:
         lines.append("Content-Type: " + content_type)
         if length is not None:
             lines.append(f"Content-Length: {length}")
-        elif chunked:
+        elif not http_1_0:
             lines.append("Transfer-Encoding: chunked")
     lines += [f"{name}: {value}" for name, value in headers]
-    if not keep_alive:
-        lines.append("Connection: close")
+    if not keep_alive or http_1_0:  # RFC 9112 §9.3: for HTTP/1.0, keeping the connection is what has to be said
+        lines.append("Connection: " + ("keep-alive" if keep_alive else "close"))
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -1789,7 +1783,7 @@ def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str],
 #
 # A route is a row: method, path, handler, query parameters. Dispatch, 404, 405, OPTIONS and HEAD come from the table.
 # Handlers turn requests into calls of the pipeline and results into answers; what goes wrong on the way is an exception
-# of the section where it went wrong, and `_problem` is the one place that knows its status.
+# of the section where it went wrong, and `_refusal` is the one place that knows its status.
 #
 # Knows §1, §2, §4, §5. Knows no sockets and no SQL.
 #
@@ -1847,7 +1841,7 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 
-def problem(error: HTTPError) -> Response:
+def problem_details(error: HTTPError) -> Response:
     """Problem details (RFC 9457) for a refusal. `type` is where the reference explains it."""
     status, title = PROBLEMS[error.problem]
     body: Dict[str, Any] = {"type": "/docs#" + error.problem, "title": title, "status": status, "detail": error.detail}
@@ -1859,20 +1853,18 @@ def problem(error: HTTPError) -> Response:
     return Response(status, _json(body), "application/problem+json", headers)
 
 
-def _problem(error: Exception) -> Response:
+def _refusal(error: Exception) -> Response:
     """Any exception of a handler to its answer: the one table from errors to statuses."""
     if isinstance(error, HTTPError):
-        return problem(error)
+        return problem_details(error)
     for kind, name in _ERROR_PROBLEMS:
         if isinstance(error, kind):
             if isinstance(error, InvalidEvents):
-                listed = [fault._asdict() for fault in error.faults[:MAX_FAULTS]]
-                return problem(HTTPError(name, "{} found in the events; nothing was taken{}".format(
-                    error, "" if len(listed) == len(error.faults) else f", and the first {MAX_FAULTS} are listed"),
-                    errors=listed))
-            return problem(HTTPError(name, str(error)))
+                return problem_details(HTTPError(name, f"{error} found in the events; nothing was taken",
+                                         errors=[fault._asdict() for fault in error.faults]))
+            return problem_details(HTTPError(name, str(error)))
     log.error("a bug while answering a request", exc_info=error)
-    return problem(HTTPError("internal-error", "this is our fault; the log says more"))
+    return problem_details(HTTPError("internal-error", "this is our fault; the log says more"))
 
 
 class API:
@@ -1888,8 +1880,7 @@ class API:
         self._exact: Dict[Tuple[str, ...], Dict[str, Route]] = {}
         self._under_events: Dict[str, Route] = {}
         for route in ROUTES:
-            target = self._under_events if "{" in route.path else self._exact.setdefault(
-                tuple(route.path[1:].split("/")), {})
+            target = self._under_events if "{" in route.path else self._exact.setdefault(tuple(route.path[1:].split("/")), {})
             target[route.method] = route
 
     async def answer(self, request: Request, peer: str) -> Response:
@@ -1913,7 +1904,7 @@ class API:
             response: Response = await getattr(self, "_" + route.handler)(request, peer)
             return response
         except Exception as error:
-            return _problem(error)
+            return _refusal(error)
 
     def _options(self, request: Request, routes: Optional[Dict[str, Route]]) -> Response:
         if request.head.path == ("*",):
@@ -1923,8 +1914,7 @@ class API:
         return Response(204, headers=(("Allow", _allow(routes)),))
 
     async def _index(self, request: Request, peer: str) -> Response:
-        return Response(200, _json({
-            "service": "aggregator", "version": __version__, "routes": [
+        return Response(200, _json({"service": "aggregator", "version": __version__, "routes": [
                 {"method": route.method, "path": route.path, "summary": route.summary} for route in ROUTES]}))
 
     async def _publish(self, request: Request, peer: str) -> Response:
@@ -1935,7 +1925,7 @@ class API:
         else:
             if "topic" in request.head.query or "source" in request.head.query:
                 raise HTTPError("bad-parameter", "topic and source go with Content-Type: text/plain; a JSON event names its own")
-            events = parse_events(request.body)
+            events = parse_events(request.body, self._pipeline.max_events)
         receipt = await self._pipeline.publish(events, len(request.body), wait)
         if receipt is None:
             return Response(202, b'{"status":"accepted","accepted":%d,"stored":false}\n' % len(events))
@@ -1952,7 +1942,7 @@ class API:
         key = request.head.headers.get("idempotency-key")
         new_id = (lambda number: self._random_id()) if key is None else (lambda number: f"{key}:{number}")
         return events_from_lines(decode_text(request.body), request.head.query["topic"], request.head.query["source"],
-                                 self._clock(), new_id)
+                                 self._clock(), new_id, self._pipeline.max_events)
 
     async def _put_event(self, request: Request, peer: str) -> Response:
         text = decode_text(request.body)
@@ -2072,8 +2062,7 @@ def _listed_verdicts(receipt: Receipt, explain: bool) -> bytes:
 
 
 _WHY = {"nowhere": "the key was neither among the recent ones nor among the tombstones",
-        "recent": "the key was among the recent ones, in memory, not yet merged",
-        "seen": "the key was among the tombstones",
+        "recent": "the key was among the recent ones, in memory, not yet merged", "seen": "the key was among the tombstones",
         "batch": "the key came earlier in the same group"}
 
 
@@ -2170,8 +2159,7 @@ class Server:
 
     async def bind(self, host: str, port: int) -> List[str]:
         """Bind without listening yet; returns the addresses. Raises OSError."""
-        self._server = await asyncio.start_server(self._serve, host, port, limit=READ_BYTES, backlog=1024,
-                                                  start_serving=False)
+        self._server = await asyncio.start_server(self._serve, host, port, limit=READ_BYTES, backlog=1024, start_serving=False)
         return [("[{}]:{}" if ":" in name[0] else "{}:{}").format(*name[:2])
                 for name in (sock.getsockname() for sock in self._server.sockets or [])]
 
@@ -2213,23 +2201,24 @@ class Server:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        writer.transport.set_write_buffer_limits(0)  # so that a drained answer is in the kernel's hands, all of it
         connection = _Connection(task, writer, asyncio.get_running_loop().time())
-        if len(self._connections) >= self._max_connections:
-            refusal = HTTPError("too-many-connections", f"{len(self._connections)} connections are open: try again")
-            await self._farewell(connection, reader, refusal)
-            return
-        self._connections.add(connection)
         try:
+            if len(self._connections) >= self._max_connections:
+                raise HTTPError("too-many-connections", f"{len(self._connections)} connections are open: try again")
+            self._connections.add(connection)
             await self._converse(connection, reader)
         except HTTPError as error:
             await self._farewell(connection, reader, error)
         except asyncio.CancelledError:  # by the sweeper or by `stop`; this task ends here in any case
             if connection.expired and connection.phase in ("head", "body"):
                 await self._farewell(connection, reader, HTTPError("timeout", connection.expired + ": send it faster"))
-        except (ConnectionError, TimeoutError, OSError):
+        except OSError:
             pass  # the client is gone
         finally:
             self._connections.discard(connection)
+            if writer.transport.get_write_buffer_size():  # it does not read, and a close would wait until it does
+                writer.transport.abort()
             writer.close()
 
     async def _converse(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
@@ -2273,22 +2262,22 @@ class Server:
     async def _write(self, connection: _Connection, request: Request, response: Response, keep_alive: bool) -> bool:
         """Send an answer; whether the connection may be kept after it."""
         writer, body = connection.writer, response.body
-        head_only, chunked = request.head.method == "HEAD", not request.head.http_1_0
-        if not isinstance(body, bytes) and request.head.http_1_0:
+        head_only, http_1_0 = request.head.method == "HEAD", request.head.http_1_0
+        if not isinstance(body, bytes) and http_1_0:
             keep_alive = False
-        writer.write(encode_response(response, self._now(), keep_alive, head_only, chunked))
+        writer.write(encode_response(response, self._now(), keep_alive, head_only, http_1_0))
         if not isinstance(body, bytes) and not head_only:
             loop = asyncio.get_running_loop()
             try:
                 async for piece in body:
-                    writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+                    writer.write(piece if http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
                     connection.phase, connection.since = "write", loop.time()
                     await writer.drain()
             except Unavailable as error:  # the status is long gone: an unfinished body is the only honest signal left
                 log.error("a list was cut off: %s", error)
                 writer.transport.abort()
                 return False
-            if chunked:
+            if not http_1_0:
                 writer.write(b"0\r\n\r\n")
         if writer.transport.get_write_buffer_size():
             await writer.drain()
@@ -2296,7 +2285,7 @@ class Server:
 
     async def _farewell(self, connection: _Connection, reader: asyncio.StreamReader, error: HTTPError) -> None:
         """Answer once and close."""
-        connection.writer.write(encode_response(problem(error), self._now(), False))
+        connection.writer.write(encode_response(problem_details(error), self._now(), False))
         await self._linger(connection, reader)
 
     async def _linger(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
@@ -2378,16 +2367,20 @@ SETTINGS = (
 )
 
 
-COMMANDS = {
-    "serve": "Take in events over HTTP, store each exactly once. `aggregator.py check --db FILE` verifies a store.",
-    "check": "Verify the store of a stopped service: exit status 0 if all is well, 1 if not.",
-}
+COMMANDS = {"serve": "Take in events over HTTP, store each exactly once. `aggregator.py check --db FILE` verifies a store.",
+    "check": "Verify the store of a stopped service: exit status 0 if all is well, 1 if not.", }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's page."""
+        self.exit(2, f"aggregator.py: {message} (--help lists what there is)\n")
 
 
 def read_settings(command: str, arguments: Sequence[str], environment: Dict[str, str]) -> Dict[str, Any]:
     """Flags over environment over defaults, by flag name without dashes. Exits with a message on a bad one."""
-    parser = argparse.ArgumentParser(prog="aggregator.py" + (" " + command if command != "serve" else ""),
-                                     description=COMMANDS[command], allow_abbrev=False)
+    parser = _Parser(prog="aggregator.py" + (" " + command if command != "serve" else ""), description=COMMANDS[command],
+                     allow_abbrev=False)
     parser.add_argument("--version", action="version", version=versions())
     known = [setting for setting in SETTINGS if command == "serve" or setting.flag == "--db"]
     for setting in known:
@@ -2436,8 +2429,7 @@ async def serve(settings: Dict[str, Any]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     pipeline = Pipeline(lambda: Store(settings["db"], settings["sync"] == "full", settings["max_events_per_topic"],
-                                      settings["retention"], settings["dedup_retention"]), _clock_us,
-                        settings["queue_max_size"])
+                                      settings["retention"], settings["dedup_retention"]), _clock_us, settings["queue_max_size"])
     limits = {"queue_max_size": settings["queue_max_size"], "max_events_per_topic": settings["max_events_per_topic"],
               "retention_seconds": settings["retention"] / 1e6, "max_body": settings["max_body"],
               "dedup_retention_seconds": settings["dedup_retention"] / 1e6}
@@ -2479,7 +2471,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if command == "check":
         return check(settings["db"])
     logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    # The worker waits one switch interval for the GIL at each statement; 5 ms, the default, would be its whole budget.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until `serve` takes over; process 1 would ignore it
+    # At each statement the writer waits for the GIL, up to one switch interval; 5 ms, the default, would be all its time.
     sys.setswitchinterval(0.00005)
     try:
         return asyncio.run(serve(settings))

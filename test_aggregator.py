@@ -1,0 +1,2567 @@
+"""The tests of aggregator.py, in the order of its sections: house rules, §2 Events, §3 Store, §4 Pipeline, §5 HTTP, §6 API,
+§7 Server, and the whole program as a process. pytest and the standard library; no plugins, no mocks of our own store.
+
+Environment: KILL_ROUNDS, CRASH_ROUNDS, MODEL_SEEDS, MODEL_STEPS and FUZZ_REQUESTS make the random tests longer.
+"""
+import ast
+import asyncio
+import contextlib
+import datetime
+import doctest
+import email.utils
+import glob
+import gzip
+import http.client
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zlib
+from typing import NamedTuple
+from urllib.parse import quote
+
+import pytest
+
+import aggregator
+
+PROGRAM = os.path.abspath(aggregator.__file__)
+NOW = 1_767_225_600_000_000  # 2026-01-01T00:00:00Z in microseconds
+
+
+# ======================================================================================================================
+# House rules: what must be true of the project itself
+# ======================================================================================================================
+
+HERE = os.path.dirname(os.path.abspath(aggregator.__file__))
+SOURCE = open(os.path.join(HERE, "aggregator.py"), encoding="utf-8").read()
+TREE = ast.parse(SOURCE)
+README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+# section: the sections whose names it may use
+KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 2, 4, 5, 6}, 7: {1, 4, 5, 6, 7},
+         8: {1, 2, 3, 4, 5, 6, 7, 8}}
+MODULES = {"sqlite3": {3}, "asyncio": {4, 7, 8}, "zlib": {5}, "argparse": {8}, "signal": {8}, "concurrent": {4},
+           "blake2b": {3}, "sys": {8}}
+
+
+def section_of(line):
+    starts = [match.start() for match in re.finditer(r"^# §[1-8]  ", SOURCE, re.M)]
+    return sum(SOURCE.count("\n", 0, start) + 1 <= line for start in starts)
+
+
+def defined_names():
+    """Every name bound at the top level, with its section."""
+    names = {}
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names[node.name] = section_of(node.lineno)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for part in ast.walk(target):
+                    if isinstance(part, ast.Name):
+                        names[part.id] = section_of(node.lineno)
+    return names
+
+
+def test_only_the_standard_library_is_imported():
+    imported = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"argparse", "asyncio", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
+                        "contextlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib"}
+    assert "dependencies = []" in SOURCE
+
+
+def test_the_file_parses_with_the_oldest_grammar_so_that_the_version_check_can_run():
+    ast.parse(SOURCE, feature_version=(3, 7))
+    assert "from __future__" not in SOURCE
+
+
+def test_a_section_uses_only_the_sections_it_may_know():
+    names, wrong = defined_names(), []
+    for node in TREE.body:
+        here = section_of(node.lineno)
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and here:
+                if names.get(part.id, here) not in KNOWS[here] | {0}:  # 0: version and logger
+                    wrong.append("line {}: §{} names {} of §{}".format(part.lineno, here, part.id, names[part.id]))
+                if here not in MODULES.get(part.id, {here}):
+                    wrong.append("line {}: §{} names {}".format(part.lineno, here, part.id))
+    assert not wrong
+
+
+def test_the_http_section_does_no_input_or_output():
+    for node in ast.walk(TREE):
+        if section_of(getattr(node, "lineno", 0)) == 5:
+            assert not isinstance(node, (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith))
+
+
+def test_importing_does_no_work():
+    for node in TREE.body:
+        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom,
+                                 ast.Assign, ast.AnnAssign, ast.Expr, ast.If))
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.If):
+            assert ast.dump(node.test).count("__main__") == 1
+
+
+def test_the_file_stays_small_and_its_functions_short():
+    assert SOURCE.count("\n") <= 2500
+    assert max(len(line) for line in SOURCE.split("\n")) <= 130
+    sizes = sorted(node.end_lineno - node.lineno + 1 for node in ast.walk(TREE)
+                   if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    assert sizes[-1] <= 60 and sizes[len(sizes) // 2] <= 12
+
+
+def test_everything_public_is_documented():
+    bare = []
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if not ast.get_docstring(node) and node.name not in ("read", "enter", "on_signal"):
+                bare.append(node.name)
+    assert not bare
+
+
+def test_the_examples_in_docstrings_are_true():
+    outcome = doctest.testmod(aggregator)
+    assert outcome.attempted >= 10 and outcome.failed == 0
+
+
+def test_the_readme_has_every_route_parameter_option_and_problem():
+    for route in aggregator.ROUTES:
+        row = next(line for line in README.split("\n") if line.startswith("| `{} {}` |".format(route.method, route.path)))
+        assert re.findall(r"`([a-z]+)`", row.split("|")[2]) == list(route.parameters)
+    for setting in aggregator.SETTINGS:
+        assert "| `{}` | `{}` | `{}` |".format(setting.flag, setting.variable, setting.default) in README
+    for name, (status, _) in aggregator.PROBLEMS.items():
+        assert "| `{}` | {} |".format(name, status) in README
+    for command in aggregator.COMMANDS:
+        assert command == "serve" or "aggregator.py {}".format(command) in README
+
+
+def test_the_readme_names_only_tests_that_exist():
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
+    here = set(re.findall(r"^def (test_\w+)", open(__file__, encoding="utf-8").read(), re.M))
+    assert len(named) > 8 and named <= here
+
+
+def test_the_image_runs_as_nobody_special_and_needs_no_curl():
+    dockerfile = open(os.path.join(HERE, "Dockerfile")).read()
+    assert re.search(r"^ARG .*=3\.11", dockerfile, re.M) and re.search(r"^USER (?!root|0)", dockerfile, re.M)
+    assert re.search(r"^(ENTRYPOINT|CMD) \[", dockerfile, re.M) and "VOLUME" in dockerfile
+    health = dockerfile[dockerfile.index("HEALTHCHECK"):]
+    assert "curl" not in health and "/health" in health
+    for variable in re.findall(r"([A-Z_]+)(?:=|: )\"?[\w./]+\"?", open(os.path.join(HERE, "compose.yml")).read()):
+        assert variable in [setting.variable for setting in aggregator.SETTINGS] + ["CMD", "ALL"], variable
+
+
+def unchanging(text):
+    """A README answer or a real one, with what differs from run to run made equal."""
+    text = re.sub(r'"(processed_at|first_seen)":"[^"]*"', r'"\1":"…"', text)
+    return re.sub(r'"(seconds_since_first_seen|milliseconds)":[0-9.e-]+', r'"\1":0', text)
+
+
+@pytest.mark.skipif(not shutil.which("curl") or not shutil.which("bash"), reason="no curl or bash here")
+def test_the_readmes_commands_answer_what_it_shows(tmp_path):
+    blocks = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) >= 8 and blocks[0] == "$ python3 aggregator.py &\n"
+    with Program(tmp_path / "readme.db") as program:
+        for block in blocks[1:]:
+            command, *answer = block.split("\n")
+            assert command.startswith("$ ")
+            shown = answer[0]
+            child = subprocess.run(["bash", "-c", command[2:].replace("localhost:8000", "127.0.0.1:%d" % program.port)],
+                                   stdout=subprocess.PIPE, cwd=str(tmp_path), timeout=30)
+            assert unchanging(child.stdout.decode().strip()) == unchanging(shown), command
+
+
+# ======================================================================================================================
+# §2 Events
+# ======================================================================================================================
+
+EPOCH = datetime.datetime(1970, 1, 1)
+US = datetime.timedelta(microseconds=1)
+GOOD_EVENT = {"topic": "t", "event_id": "1", "timestamp": "2026-01-01T00:00:00Z", "source": "s", "payload": {}}
+
+
+def us(*parts):
+    """Year, month, day, hour, … to microseconds since 1970, by way of `datetime`, which the service does not use."""
+    return (datetime.datetime(*parts) - EPOCH) // US
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("1970-01-01T00:00:00Z", 0), ("1970-01-01", 0), ("1970-01-01 00:00", 0), ("1970-01-01T00:00:00.000001Z", 1),
+    ("1969-12-31T23:59:59.999999Z", -1), ("1969-12-31T23:59:59,5Z", -500_000), ("0001-01-01T00:00:00Z", us(1, 1, 1)),
+    ("0001-01-01T00:00:00.000001-00:00", us(1, 1, 1) + 1), ("2026-01-31T12:00Z", us(2026, 1, 31, 12)),
+    ("9999-12-31T23:59:59.9999999Z", us(9999, 12, 31, 23, 59, 59, 999_999)), ("2024-02-29", us(2024, 2, 29)),
+    ("2000-02-29T12:00", us(2000, 2, 29, 12)), ("2026-01-31T12:00:00.5Z", us(2026, 1, 31, 12, 0, 0, 500_000)),
+    ("2026-01-31T12:00:00,123456Z", us(2026, 1, 31, 12, 0, 0, 123_456)),
+    ("2026-01-31T12:00:00.1234569Z", us(2026, 1, 31, 12, 0, 0, 123_456)),
+    ("2026-01-31T12:00:00." + "9" * 30, us(2026, 1, 31, 12, 0, 0, 999_999)),
+    ("2026-01-31 14:00+02:00", us(2026, 1, 31, 12)), ("2026-01-31T14:00:00+0200", us(2026, 1, 31, 12)),
+    ("2026-01-31T14:00:00+02", us(2026, 1, 31, 12)), ("2026-01-31T12:00:00-05:30", us(2026, 1, 31, 17, 30)),
+    ("2026-01-31T14:00:00.25+02:00", us(2026, 1, 31, 12, 0, 0, 250_000)),
+    ("2026-01-31T12:00:00-0530", us(2026, 1, 31, 17, 30)), ("2026-01-31T12:00:00+23:59", us(2026, 1, 30, 12, 1)),
+])
+def test_a_timestamp_names_this_instant(text, expected):
+    assert aggregator.parse_timestamp(text) == expected
+
+
+NO_TIMESTAMPS = (
+    "| |now|0|2026|2026-01|1767225600|0000-01-01T00:00:00Z|10000-01-01|-0001-01-01|2026-00-01|2026-13-01|2026-01-00|"
+    "2026-01-32|2026-04-31|2026-02-29|1900-02-29|2026-1-1|2026-W01-1|2026-W01|2026-001|20260101|20260101T000000Z|"
+    "26-01-01|2026/01/01|2026-01-01T|2026-01-01T12|2026-01-01T1:00|2026-01-01T24:00|2026-01-01T24:00:00|"
+    "2026-01-01T12:60|2026-01-01T12:00:60Z|2016-12-31T23:59:60Z|2026-01-01T12:00:61|"
+    "2026-01-01T120000Z|2026-01-01T12:0000|2026-01-01T12:00.5|2026-01-01T12:00,5Z|2026-01-01.5|2026-01-01T12:00:00.|"
+    "2026-01-01T12:00:00.Z|2026-01-01T12:00:00.5.5|"
+    "2026-01-01T12:00:00.1111111111111111111111111111111|2026-01-01T12:00:00.1_0|"
+    "2026-01-01T12:00:00.-1|2026-01-01Z|2026-01-01+02:00|2026-01-01T+02:00|2026-01-01T12:00:00+99:99|"
+    "2026-01-01T12:00:00+24:00|2026-01-01T12:00:00-00:60|2026-01-01T12:00:00+1|2026-01-01T12:00:00+123|"
+    "2026-01-01T12:00:00+12:|2026-01-01T12:00:00+01:00:00|2026-01-01T12:00:00ZZ|2026-01-01T12:00:00Z+01:00|"
+    "2026-01-01T12:00:00 Z|2026-01-01T12:00:00z|2026-01-01t12:00:00Z|2026-01-01T12:00:00UTC|"
+    "2026-01-01T12:00:00\u221202:00|0001-01-01T00:00:00+00:01|9999-12-31T23:59:59-00:01|"
+    "0001-01-01T23:58:59.999999+23:59|2026-01-01T12:00:00Z\n|2026-01-01\n|\n2026-01-01| 2026-01-01|"
+    "2026-01-01 |2026-01-01  12:00|2026-01-01T12:00:00Z\x00|\u0662\u0660\u0662\u0666-\u0660\u0661-\u0660\u0661|"
+    "２０２６-01-01|2026-01-01T12:00:0\u0665Z|2026-01-01T12:00:00.\u0665Z|2026-01-01T12:00:00+0\u0662:00"
+)
+
+
+@pytest.mark.parametrize("text", NO_TIMESTAMPS.split("|"))
+def test_what_is_no_timestamp_is_refused(text):
+    with pytest.raises(ValueError):
+        aggregator.parse_timestamp(text)
+
+
+def test_formatting_and_parsing_a_timestamp_are_inverse_and_agree_with_datetime():
+    rng = random.Random(1)
+    first, last = us(1, 1, 1), us(9999, 12, 31, 23, 59, 59, 999_999)
+    for instant in [first, last, -1, 0, 1] + [rng.randint(first, last) for _ in range(5000)]:
+        text = aggregator.format_timestamp(instant)
+        assert text == (EPOCH + instant * US).isoformat(timespec="microseconds") + "Z"
+        assert aggregator.parse_timestamp(text) == instant
+
+
+def test_an_offset_moves_the_instant_and_nothing_else():
+    rng = random.Random(2)
+    for _ in range(3000):
+        instant = rng.randint(us(2, 1, 1), us(9998, 1, 1))
+        minutes = rng.randint(-1439, 1439)
+        text = aggregator.format_timestamp(instant + minutes * 60_000_000)[:-1]
+        offset = "{}{:02d}:{:02d}".format("-" if minutes < 0 else "+", abs(minutes) // 60, abs(minutes) % 60)
+        for spelling in (offset, offset.replace(":", "")):
+            assert aggregator.parse_timestamp(text + spelling) == instant, text + spelling
+
+
+def faults_of(body):
+    """Index and field of all that is wrong with a body, given as bytes or as a value still to be written."""
+    with pytest.raises(aggregator.InvalidEvents) as caught:
+        aggregator.parse_events(body if isinstance(body, bytes) else json.dumps(body).encode(), 10 ** 9)
+    assert all(fault.message and fault.message.isascii() for fault in caught.value.faults)
+    return [(fault.index, fault.field) for fault in caught.value.faults]
+
+
+def read_one(**changes):
+    [event] = aggregator.parse_events(json.dumps({**GOOD_EVENT, **changes}).encode())
+    return event
+
+
+@pytest.mark.parametrize("field", sorted(GOOD_EVENT))
+def test_a_missing_field_is_a_fault(field):
+    assert faults_of({name: GOOD_EVENT[name] for name in GOOD_EVENT if name != field}) == [(0, field)]
+
+
+NAME = ("topic", "event_id", "source")
+WRONG = [(field, value) for field in NAME for value in (
+    None, True, 0, 1.5, [], ["a"], {"a": 1}, "", " ", "\u00a0", "\u3000\u2028", "a\n", "\x00", "a\x00b", "\x1f", "\t",
+    "\x7f", "\x85", "\x9f", "\ud800", "a\udfffb", "a" * 256, "é" * 128, "a" + "😀" * 64, "é" * 127 + "ab",
+    "a" * 1_000_000)] + [
+    ("timestamp", value) for value in (None, True, 0, 1767225600, 1.5, [], {}, ["2026-01-01"], "", "now", "\ud800",
+                                       "2026-02-30", "9" * 100_000)] + [
+    ("payload", value) for value in (None, True, 0, "", "{}", "text", [], [{}], float("nan"), float("inf"))] + [
+    ("sequence", value) for value in (-1, 2 ** 63, 2 ** 64, 10 ** 400, True, False, 0.0, 1.0, 1e3, "1", "", [], {},
+                                      float("nan"), float("inf"))]
+
+
+@pytest.mark.parametrize("field, value", WRONG, ids=lambda value: ascii(value)[:30])
+def test_a_wrong_value_is_a_fault_of_its_field_and_of_no_other(field, value):
+    assert faults_of({**GOOD_EVENT, field: value}) == [(0, field)]
+
+
+@pytest.mark.parametrize("field", NAME)
+@pytest.mark.parametrize("value", ["a", "0", " a ", "a b", "logs/web", "/", "*", "%", "é", "e\u0301", "😀", "\u202e",
+                                   "\u200b", "a\u2028b", "a" * 255, "é" * 127 + "a", "😀" * 63 + "abc", "漢" * 85])
+def test_a_name_of_up_to_255_bytes_is_kept_as_it_is(field, value):
+    assert len(value.encode()) <= aggregator.MAX_NAME_BYTES == 255
+    assert getattr(read_one(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("value", [0, 1, 2 ** 53 + 1, 2 ** 63 - 1])
+def test_a_sequence_is_kept_exactly_and_may_be_left_out(value):
+    assert (read_one(sequence=value).sequence, read_one().sequence) == (value, None)
+
+
+def test_unknown_fields_are_ignored():
+    assert read_one(extra={"a": [1]}, Topic=5, events=[1], seq=-1) == read_one()
+
+
+def with_payload(text):
+    return json.dumps(dict(GOOD_EVENT, payload=0)).replace('"payload": 0', '"payload":' + text).encode()
+
+
+@pytest.mark.parametrize("text", [
+    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400, "-1" + "0" * 400, "1" * 5000, "1" * 100_000,
+    r'"\ud800"', r'"a\udc00"', r'{"\udfff":1}', r'"\ude00\ud83d"'], ids=lambda text: text[:20])
+@pytest.mark.parametrize("place", ['{"a":?}', '{"a":[1,{"b":?}]}', '{"a":?,"pad":"' + "é" * 300 + '"}'])
+def test_a_payload_that_could_not_be_read_back_is_refused(place, text):
+    assert faults_of(with_payload(place.replace("?", text))) == [(0, "payload")]
+
+
+@pytest.mark.parametrize("text", ["1e308", "-1.7976931348623157e308", "5e-324", "1e-999", "9" * 308, "-" + "9" * 308,
+                                  "18446744073709551616", "-9223372036854775809", '"\\u0000"', '"\\ud83d\\ude00"',
+                                  '"\x7f\u2028"', '"NaN"', "true", "null", "[]", "{}", '{"":{"":[]}}'],
+                         ids=lambda text: text[:20])
+def test_a_payload_is_read_back_as_it_was_sent(text):
+    [event] = aggregator.parse_events(with_payload('{"a":' + text + "}"))
+    assert json.loads(event.payload) == {"a": json.loads(text)}
+
+
+def nested(levels, opening, closing):
+    return '{"wide":[{}],"a":' + opening * (levels - 1) + "0" + closing * (levels - 1) + "}"
+
+
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}"), ('[0,{"b":', "}]"), ("[ 0, ", "]")])
+def test_a_payload_may_be_nested_100_levels_and_not_101(opening, closing):
+    step = opening.count("[") + opening.count("{")
+    good = nested((aggregator.MAX_NESTING - 1) // step + 1, opening, closing)
+    [event] = aggregator.parse_events(with_payload(good))
+    assert json.loads(event.payload) == json.loads(good)
+    assert faults_of(with_payload(nested(aggregator.MAX_NESTING // step + 1, opening, closing))) == [(0, "payload")]
+
+
+def test_many_brackets_beside_each_other_are_not_nesting():
+    payload = {"a": [[{}] for _ in range(5 * aggregator.MAX_NESTING)]}
+    assert json.loads(read_one(payload=payload).payload) == payload
+
+
+@pytest.mark.parametrize("levels", [101, 500, 950, 3000, 20_000, 100_000])
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}"), ("[", ""), ('{"a":', "")])
+@pytest.mark.parametrize("place", ["", '{"payload":', '{"events":['])
+def test_any_number_of_brackets_is_refused_and_crashes_nothing(place, opening, closing, levels):
+    with pytest.raises((aggregator.InvalidEvents, aggregator.NotJSON)):
+        aggregator.parse_events((place + opening * levels + "0" + closing * levels).encode())
+
+
+def test_all_faults_of_all_events_are_listed_in_order():
+    bad = {"topic": "", "event_id": 5, "timestamp": "x", "payload": [], "sequence": -1}
+    body = [GOOD_EVENT, bad, 7, None, "text", [], GOOD_EVENT, {}, dict(GOOD_EVENT, source=" ")]
+    required = ["topic", "event_id", "timestamp", "source", "payload"]
+    assert faults_of(body) == ([(1, field) for field in required + ["sequence"]]
+                               + [(index, "") for index in (2, 3, 4, 5)] + [(7, field) for field in required]
+                               + [(8, "source")])
+
+
+def test_a_fault_says_what_stood_there():
+    with pytest.raises(aggregator.InvalidEvents) as caught:
+        aggregator.parse_events(json.dumps(dict(GOOD_EVENT, topic="a\ud800😀", sequence=-3)).encode())
+    assert [("\\ud800" in fault.message, "-3" in fault.message) for fault in caught.value.faults] == [
+        (True, False), (False, True)]
+
+
+@pytest.mark.parametrize("element", [b"{}", b"1", b"[]"])
+def test_listing_the_faults_of_a_hostile_body_takes_bounded_memory(element):
+    body = b"[" + (element + b",") * (100_000 // (len(element) + 1)) + element + b"]"
+    tracemalloc.start()
+    try:
+        faults_of(body)
+        assert tracemalloc.get_traced_memory()[1] < 60 * len(body)  # decoding alone takes up to 25 times its size
+    finally:
+        tracemalloc.stop()
+
+
+E1, E2, E3 = (json.dumps(dict(GOOD_EVENT, event_id=name)).encode() for name in "123")
+
+
+@pytest.mark.parametrize("body, ids", [
+    (E1, "1"), (b" \r\n\t" + E1 + b" \r\n\t", "1"), (b"[" + E1 + b"]", "1"), (b"[" + E1 + b" , " + E2 + b"]", "12"),
+    (b'{"events":[' + E1 + b"," + E2 + b"]}", "12"), (b'{"other":0,"events":[' + E1 + b"]}", "1"),
+    (E1 + b"\n" + E2 + b"\n", "12"), (E1 + b"\r\n\r\n" + E2, "12"), (E1 + E2 + E3, "123"), (E1 + b"\t" + E2, "12"),
+    (b"[" + E1 + b"]" + E2 + b'{"events":[' + E3 + b"]}", "123"), (b"[]" + E1 + b'{"events":[]}', "1"),
+    (json.dumps(dict(GOOD_EVENT, event_id="1"), indent=4).encode(), "1"), (E1 + E1, "11"),
+])
+def test_a_body_holds_these_events_in_this_order(body, ids):
+    assert "".join(event.event_id for event in aggregator.parse_events(body)) == ids
+
+
+@pytest.mark.parametrize("body", [
+    b"", b" ", b"\r\n\r\n", b"\x00", b"{", b"}", b"[", b"{]", E1[:-1], E1 + b",", E1 + b"," + E2, b"[" + E1 + b",]",
+    E1 + b"\n" + E2[:-1], E1 + b"\x0b" + E2, E1 + b"\xc2\xa0" + E2, E1 + b"\x00", b"topic=t&event_id=1", b"{'a':1}",
+    b"// x\n" + E1, b"nan", b"inf", b"undefined", b"\xef\xbb\xbf" + E1, b"\xef\xbb\xbf", E1 + b"\xef\xbb\xbf",
+    E1.replace(b'"t"', b'"\xff"'), E1.replace(b'"t"', b'"\xc0\xaf"'), E1.replace(b'"t"', b'"\xed\xa0\x80"'),
+    E1.replace(b'"t"', b'"\xe9"'), E1.replace(b'"t"', b'"\xf4\x90\x80\x80"'), E1.replace(b'"t"', b'"a\nb"'),
+    E1.replace(b'"t"', b'"a\x00b"'), E1.decode().encode("utf-16"), E1.decode().encode("utf-16-le"),
+    E1.decode().encode("utf-16-be"), E1.decode().encode("utf-32"), E1.decode().encode("utf-8-sig"),
+    E1.replace(b'"t"', b'"\\x41"'), E1.replace(b'"t"', b'"\\u12"'), gzip.compress(E1), b"[01]", b"[+1]", b"[1.]",
+    b"[1_0]", "[\u0661]".encode(),
+], ids=lambda body: ascii(body)[2:40])
+def test_a_body_that_is_not_json_is_refused_as_such(body):
+    with pytest.raises(aggregator.NotJSON) as caught:
+        aggregator.parse_events(body)
+    assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("body, expected", [
+    (b"[]", [(0, "")]), (b'{"events":[]}', [(0, "")]), (b"[] []", [(0, "")]), (b'{"events":null}', [(0, "events")]),
+    (b'{"events":5}', [(0, "events")]), (b'{"events":"x"}', [(0, "events")]), (b'{"events":{}}', [(0, "events")]),
+    (b"null", [(0, "")]), (b"5", [(0, "")]), (b"true", [(0, "")]), (b'"text"', [(0, "")]), (b"NaN", [(0, "")]),
+    (b"[[" + E1 + b"]]", [(0, "")]), (b'[{"events":[' + E1 + b"]}]", [(0, field) for field in GOOD_EVENT]),
+    (E1 + b"5", [(1, "")]), (b"[" + E1 + b"," + E2 + b"] 1 " + E3 + b" null", [(2, ""), (4, "")]),
+    (b"[" + E1 + b"," + E2 + b']{"events":1}', [(2, "events")]),
+])
+def test_json_that_holds_no_events_is_refused_with_index_and_field(body, expected):
+    assert faults_of(body) == expected
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ('{"a":1,"b":2}', '{ "b" : 2,\n"a" : 1 }', True), ('{"a":{"c":1,"b":2}}', '{"a":{"b":2,"c":1}}', True),
+    (r'{"a":"\u00e9\/"}', '{"a":"é/"}', True), (r'{"a":"\ud83d\ude00"}', '{"a":"😀"}', True),
+    ('{"a":1e2}', '{"a":100.0}', True), ('{"a":1,"a":2}', '{"a":2}', True), ('{"a":[1,2]}', '{"a":[2,1]}', False),
+    ('{"a":1}', '{"a":"1"}', False), ('{"a":1}', '{"a":true}', False), ('{"a":0}', '{"a":false}', False),
+    ('{"a":null}', "{}", False), ('{"a":[]}', '{"a":{}}', False), ('{"a":"é"}', '{"a":"e\u0301"}', False),
+    ('{"a":18446744073709551616}', '{"a":18446744073709551617}', False), ('{"a":{"b":1}}', '{"a.b":1}', False),
+])
+def test_equal_payloads_have_equal_canonical_text_and_others_have_not(one, other, same):
+    texts = [aggregator.parse_events(E1.replace(b'"payload": {}', b'"payload":' + text.encode()))[0].payload
+             for text in (one, other)]
+    assert (texts[0] == texts[1]) is same
+    assert texts[0] == aggregator._ENCODER.encode(json.loads(one))  # what Pythons without the C encoder use
+
+
+def test_lines_of_text_become_events_numbered_by_line():
+    events = aggregator.events_from_lines("one\r\n\n \t\ntwo\x0b\x85\u2028é😀\nlast\x00", "t", "s", 1, "id:{}".format)
+    assert [(event.event_id, json.loads(event.payload)) for event in events] == [
+        ("id:1", {"message": "one"}), ("id:4", {"message": "two\x0b\x85\u2028é😀"}), ("id:5", {"message": "last\x00"})]
+    assert {event[:1] + event[2:4] for event in events} == {("t", 1, "s")}
+
+
+@pytest.mark.parametrize("text, topic, expected", [
+    ("", "t", [(0, "")]), ("\n\r\n \n", "t", [(0, "")]), ("a\n\nb", "", [(0, "topic"), (1, "topic")])])
+def test_text_without_a_line_or_with_a_bad_topic_is_refused(text, topic, expected):
+    with pytest.raises(aggregator.InvalidEvents) as caught:
+        aggregator.events_from_lines(text, topic, "s", 0, str)
+    assert [(fault.index, fault.field) for fault in caught.value.faults] == expected
+
+
+def test_random_events_are_either_refused_with_a_fault_or_can_be_written_and_read_back():
+    rng = random.Random(3)
+    bits = [b"{}", b"[", b"]", b",", b"null", b"NaN", b"-1", b"1e999", b'"\\ud800"', b'"a"', b"\xff", b'"\xc3\xa9"',
+            b'"events":', b'"topic":', b'"payload":{"a":', b"}", b"{", b" ", b"\x00", b"0", b"\\", b'"', b":"]
+    taken = 0
+    for _ in range(8000):
+        body = bytearray(rng.choice([E1, E1 + E2, b"[" + E1 + b"]", b'{"events":[' + E1 + b"]}"]))
+        for _ in range(rng.randint(0, 3)):
+            at = rng.randrange(len(body))
+            body[at:at + rng.randint(0, 3)] = rng.choice(bits)
+        try:
+            events = aggregator.parse_events(bytes(body))
+        except aggregator.NotJSON:
+            continue
+        except aggregator.InvalidEvents as error:
+            assert error.faults, body
+            assert {fault.field for fault in error.faults} <= {*GOOD_EVENT, "sequence", "events", ""}, body
+            continue
+        taken += 1
+        for event in events:
+            again = dict(event._asdict(), timestamp=aggregator.format_timestamp(event.timestamp),
+                         payload=json.loads(event.payload))
+            assert aggregator.parse_events(json.dumps(again, ensure_ascii=False).encode()) == [event], body
+    assert 1000 < taken < 7000
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    failed, attempted = doctest.testmod(aggregator)
+    assert attempted >= 9 and not failed
+
+
+def test_more_events_than_the_queue_holds_are_refused_before_they_are_looked_at():
+    for body in (b"[" + b"1," * 10 + b"1]", b"{}" * 11, b'{"events":[' + b"[]," * 10 + b"[]]}"):
+        with pytest.raises(aggregator.BatchTooLarge, match="11 events in one request, and the queue holds 10"):
+            aggregator.parse_events(body, 10)
+    with pytest.raises(aggregator.BatchTooLarge):
+        aggregator.events_from_lines("a\n" * 11, "t", "s", 0, str, 10)
+    assert len(aggregator.events_from_lines("a\n" * 10, "t", "s", 0, str, 10)) == 10
+
+
+def test_the_index_of_what_is_nested_too_deep_counts_events_not_values():
+    with pytest.raises(aggregator.InvalidEvents) as caught:
+        aggregator.parse_events(b"[{},{}]{}" + b"[" * 100_000)
+    assert caught.value.faults[0].index == 3
+
+
+# ======================================================================================================================
+# §3  Store
+# ======================================================================================================================
+
+def event(event_id="1", topic="t", payload='{"n":1}', source="s", timestamp=NOW):
+    return aggregator.record(aggregator.Event(topic, str(event_id), timestamp, source, payload))
+
+
+@pytest.fixture
+def store(tmp_path):
+    with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"))) as opened:
+        yield opened
+
+
+@pytest.fixture
+def small_index(monkeypatch):
+    """An index so small that a few hundred events exercise every part of it."""
+    monkeypatch.setattr(aggregator, "RECENT_IDS", 64)
+    monkeypatch.setattr(aggregator, "LIST_ROWS", 16)
+
+
+def kinds(decision, count):
+    repeats = dict(decision.repeats)
+    return [repeats[i].kind if i in repeats else "new" for i in range(count)]
+
+
+def sound(path):
+    return [sentence for holds, sentence in aggregator.check_store(str(path)) if not holds]
+
+
+def test_a_repeat_in_a_later_batch_is_a_duplicate_with_the_seq_of_the_original(store):
+    assert store.commit([event(1), event(2)], NOW).first_seq == 1
+    assert store.commit([event(2), event(3)], NOW + 5).repeats == [
+        (0, aggregator.Verdict("duplicate", 2, NOW, "recent"))]
+
+
+def test_the_same_event_twice_in_one_batch_is_stored_once(store):
+    decision = store.commit([event(1), event(1), event(2), event(1)], NOW)
+    assert kinds(decision, 4) == ["new", "duplicate", "new", "duplicate"]
+    assert [verdict.seq for _, verdict in decision.repeats] == [1, 1]
+
+
+@pytest.mark.parametrize("other", [{"payload": '{"n":2}'}, {"source": "other"}])
+def test_another_content_under_a_known_identity_is_a_conflict_and_the_first_one_stays(store, other):
+    store.commit([event(1)], NOW)
+    assert kinds(store.commit([event(1, **other)], NOW), 1) == ["conflict"]
+    with contextlib.closing(aggregator.Reader(store.path)) as reader:
+        assert json.loads(reader.event(1))["payload"] == {"n": 1} and json.loads(reader.event(1))["source"] == "s"
+
+
+def test_another_timestamp_alone_is_no_conflict(store):
+    store.commit([event(1)], NOW)
+    assert kinds(store.commit([event(1, timestamp=NOW + 1)], NOW), 1) == ["duplicate"]
+
+
+def test_topic_and_event_id_cannot_run_into_each_other():
+    assert aggregator.identity("a", "b:c") != aggregator.identity("a:b", "c")
+    assert aggregator.identity("é", "x") != aggregator.identity("", "éx")
+    assert len(aggregator.identity("é", "😀")) == 16
+
+
+def test_a_failed_batch_leaves_nothing_behind_on_disk_or_in_memory(store):
+    store.commit([event(0)], NOW)
+    broken = event("broken")._replace(source=object())  # no validated event can look like this
+    with pytest.raises((aggregator.StoreFailed, sqlite3.Error, TypeError)):
+        store.commit([event("a"), broken, event("b")], NOW)
+    assert kinds(store.commit([event("a"), event("b"), event(0)], NOW), 3) == ["new", "new", "duplicate"]
+    assert store.commit([event("c")], NOW).first_seq == 4
+    store.close()
+    assert sound(store.path) == []
+
+
+def test_a_commit_that_another_program_blocks_fails_and_the_next_one_succeeds(store):
+    store._db.execute("PRAGMA busy_timeout=20")
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(aggregator.StoreFailed, match="locked"):
+            store.commit([event(1)], NOW)
+        other.execute("ROLLBACK")
+    assert kinds(store.commit([event(1)], NOW), 1) == ["new"]
+
+
+def test_the_writer_uses_full_sync_unless_told_otherwise(tmp_path):
+    for full, level in ((True, 2), (False, 1)):
+        with contextlib.closing(aggregator.Store(str(tmp_path / "sync.db"), full)) as opened:
+            assert opened._db.execute("PRAGMA synchronous").fetchone() == (level,)
+            assert opened._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_more_rows_than_sqlite_has_variables_for_are_split(store, monkeypatch):
+    monkeypatch.setattr(aggregator, "_MAX_VARIABLES", 999)  # SQLite before 3.32
+    batch = [event(i) for i in range(1500)]
+    assert kinds(store.commit(batch, NOW), 1500) == ["new"] * 1500
+    assert kinds(store.commit(batch[::-1], NOW), 1500) == ["duplicate"] * 1500
+
+
+def test_a_duplicate_is_found_wherever_its_key_has_moved_to(tmp_path, small_index):
+    path = str(tmp_path / "s.db")
+    with contextlib.closing(aggregator.Store(path)) as opened:
+        for at in range(0, 2000, 50):
+            opened.commit([event(i) for i in range(at, at + 50)], NOW)
+        found = {verdict.found for i in range(2000) for _, verdict in opened.commit([event(i)], NOW).repeats}
+        assert found == {"recent", "seen"}
+        assert opened._state.recent <= 64 + 50 * 2
+    assert sound(path) == []
+    with contextlib.closing(aggregator.Store(path)) as opened:  # rebuilt from the log
+        assert kinds(opened.commit([event(i) for i in range(2000)], NOW), 2000) == ["duplicate"] * 2000
+
+
+def test_retention_keeps_the_newest_of_each_topic_and_still_knows_the_others(tmp_path, small_index):
+    path = str(tmp_path / "s.db")
+    with contextlib.closing(aggregator.Store(path, max_per_topic=10)) as opened:
+        for i in range(300):
+            opened.commit([event(i, "a", timestamp=NOW + i), event(i, "b", timestamp=NOW - i)], NOW)
+        while opened.tidy(NOW):
+            pass
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            listed = json.loads("[" + reader.page(aggregator.EventQuery(limit=1000)).text + "]")
+            assert sorted(int(e["event_id"]) for e in listed if e["topic"] == "a") == list(range(290, 300))
+            assert sorted(int(e["event_id"]) for e in listed if e["topic"] == "b") == list(range(10))
+            stats = reader.stats()
+            assert stats["topics"]["a"] == {"unique": 300, "duplicates": 0, "stored": 10}
+            assert stats["unique_processed"] == 600 and stats["stored"] == 20
+        again = opened.commit([event(i, "a", timestamp=NOW + i) for i in range(300)], NOW)
+        assert [verdict.seq for _, verdict in again.repeats] == list(range(1, 601, 2))
+        assert kinds(opened.commit([event(5, "a", payload='{"n":2}')], NOW), 1) == ["conflict"]
+        assert opened.locate("a", "5") == 11
+    assert sound(path) == []
+
+
+def test_retention_by_age_removes_what_arrived_before_it(tmp_path):
+    path, day = str(tmp_path / "s.db"), 86_400_000_000
+    with contextlib.closing(aggregator.Store(path, retention_us=day)) as opened:
+        for i in range(5):
+            opened.commit([event(i, timestamp=NOW - 400 * day)], NOW + i * day // 2)
+        while opened.tidy(NOW + 2 * day + 1):
+            pass
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            listed = json.loads("[" + reader.page(aggregator.EventQuery()).text + "]")
+            assert [e["event_id"] for e in listed] == ["3", "4"]
+        assert kinds(opened.commit([event(0)], NOW + 3 * day), 1) == ["duplicate"]
+
+
+def test_a_step_of_retention_stays_under_50_ms(tmp_path):
+    with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"))) as opened:
+        opened.commit([event(i, "t%d" % (i % 7), timestamp=NOW + i) for i in range(20_000)], NOW)
+    with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"), max_per_topic=10, retention_us=10 ** 12)) as opened:
+        steps = []
+        while True:
+            started = time.perf_counter()
+            if not opened.tidy(NOW + 1):
+                break
+            steps.append(time.perf_counter() - started)
+        assert len(steps) >= 20_000 // aggregator.TRIM_ROWS
+        assert sorted(steps)[len(steps) // 2] < 0.05
+    assert sound(tmp_path / "s.db") == []
+
+
+def test_tombstones_expire_only_after_dedup_retention_and_never_before_their_event(tmp_path, small_index):
+    path, hour = str(tmp_path / "s.db"), 3_600_000_000
+    with contextlib.closing(aggregator.Store(path, max_per_topic=20, dedup_retention_us=hour)) as opened:
+        opened.commit([event(i, timestamp=NOW + i) for i in range(100)], NOW)
+        for i in range(100, 3000, 25):  # merges every slice several times over
+            opened.commit([event(i + k, timestamp=NOW + i + k) for k in range(25)], NOW + hour // 2)
+        assert kinds(opened.commit([event(0)], NOW + hour // 2), 1) == ["duplicate"]
+        for i in range(3000, 6000, 25):
+            opened.commit([event(i + k, "u", timestamp=NOW + i + k) for k in range(25)], NOW + 2 * hour)
+        assert kinds(opened.commit([event(0)], NOW + 2 * hour), 1) == ["new"]  # forgotten, as asked
+        assert kinds(opened.commit([event(2999)], NOW + 2 * hour), 1) == ["duplicate"]  # its event is still there
+    assert sound(path) == []
+
+
+def test_a_page_is_cut_short_by_its_bytes_and_goes_on_behind_a_cursor(store, monkeypatch):
+    monkeypatch.setattr(aggregator, "PAGE_MAX_BYTES", 250)
+    store.commit([event(i, payload='{"x":"%s"}' % ("y" * 100), timestamp=NOW + i) for i in range(7)], NOW)
+    with contextlib.closing(aggregator.Reader(store.path)) as reader:
+        query, seen = aggregator.EventQuery(), []
+        while True:
+            page = reader.page(query)
+            seen += [e["event_id"] for e in json.loads("[" + page.text + "]")]
+            assert page.size == 2 or page.next is None
+            if page.next is None:
+                break
+            query = query._replace(after=page.next)
+        assert seen == [str(i) for i in range(7)]
+
+
+@pytest.mark.parametrize("query", [{"source": "rare"}, {"topic": "b/", "prefix": True},
+                                   {"source": "rare", "descending": True}])
+def test_a_filter_without_an_index_looks_at_a_bounded_number_of_rows(store, small_index, monkeypatch, query):
+    monkeypatch.setattr(aggregator, "PAGE_MAX_SCAN", 10)
+    for i in range(100):
+        rare = i in (37, 38, 99)
+        store.commit([event(i, "b/x" if rare else "a", source="rare" if rare else "s", timestamp=NOW + i)], NOW)
+    with contextlib.closing(aggregator.Reader(store.path)) as reader:
+        asked, found, pages = aggregator.EventQuery(**query), [], 0
+        while True:
+            page = reader.page(asked)
+            found += [e["event_id"] for e in json.loads("[" + page.text + "]")]
+            pages += 1
+            if page.next is None:
+                break
+            asked = asked._replace(after=page.next)
+    assert sorted(found) == ["37", "38", "99"] and 5 < pages < 15
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MODEL_SEEDS", "4"))))
+def test_the_store_agrees_with_a_dict_under_random_operations(tmp_path, small_index, seed):
+    """The oracle: a plain dict. Batches with repeats from any age, conflicts, retention, expiry, reopening, failures."""
+    rng = random.Random(seed)
+    path, cap = str(tmp_path / "s.db"), rng.choice([0, 0, 15])
+    retention = rng.choice([0, 40])
+    opened = aggregator.Store(path, False, cap, retention)
+    oracle, now, counts = {}, NOW, [0, 0]
+    try:
+        for _ in range(int(os.environ.get("MODEL_STEPS", "600"))):
+            now += rng.randrange(3)
+            action = rng.random()
+            if action < 0.04:
+                opened.close()
+                opened = aggregator.Store(path, False, cap, retention)
+                assert opened.received() == sum(counts)
+            elif action < 0.08:
+                opened.tidy(now)
+            elif action < 0.12 and oracle:
+                topic, event_id = rng.choice(list(oracle))
+                assert opened.locate(topic, event_id) == oracle[topic, event_id][0]
+            else:
+                batch = []
+                for _ in range(rng.choice([1, 2, 20, 100])):
+                    if oracle and rng.random() < 0.4:
+                        topic, event_id = rng.choice(list(oracle))
+                    else:
+                        topic, event_id = rng.choice("abé"), "%x" % rng.getrandbits(rng.choice([7, 40]))
+                    batch.append(event(event_id, topic, '{"n":%d}' % (rng.random() < 0.1), timestamp=now - rng.randrange(50)))
+                fails = rng.random() < 0.1
+                if fails:
+                    batch.insert(rng.randrange(len(batch) + 1), event("broken")._replace(topic=None))
+                    with pytest.raises(aggregator.StoreFailed):
+                        opened.commit(batch, now)
+                    continue
+                decision = opened.commit(batch, now)
+                expected, seq = [], decision.first_seq
+                for each in batch:
+                    known = oracle.get((each.topic, each.event_id))
+                    if known is None:
+                        oracle[each.topic, each.event_id] = (seq, each.payload)
+                        expected.append("new")
+                        seq += 1
+                    else:
+                        expected.append("duplicate" if known[1] == each.payload else "conflict")
+                assert kinds(decision, len(batch)) == expected, "seed %d" % seed
+                for index, verdict in decision.repeats:
+                    assert verdict.seq == oracle[batch[index].topic, batch[index].event_id][0]
+                counts[0] += expected.count("new")
+                counts[1] += len(expected) - expected.count("new")
+        assert sorted(seq for seq, _ in oracle.values()) == list(range(1, len(oracle) + 1))
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            stats = reader.stats()
+        assert [stats["unique_processed"], stats["duplicate_dropped"]] == counts
+        if not cap and not retention:
+            assert stats["stored"] == len(oracle)
+    finally:
+        opened.close()
+    assert sound(path) == []
+
+
+CRASH = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import aggregator
+aggregator.RECENT_IDS, aggregator.LIST_ROWS = 64, 16
+place, countdown = {place!r}, {countdown}
+
+class Murderous:
+    def __init__(self, db):
+        self.db = db
+    def execute(self, statement, *values):
+        global countdown
+        before, after = place.split("|")
+        if before and statement.startswith(before):
+            countdown -= 1
+            if not countdown:
+                os.kill(os.getpid(), signal.SIGKILL)
+        result = self.db.execute(statement, *values)
+        if after and statement.startswith(after):
+            countdown -= 1
+            if not countdown:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+connect = aggregator._connect
+aggregator._connect = lambda path, **options: Murderous(connect(path, **options))
+store = aggregator.Store({path!r}, True, 25)
+for i in range({start}, 100000):
+    batch = [aggregator.Event("t", str(i * 7 + k), i, "s", "{{}}") for k in range(7)]
+    store.commit([aggregator.record(event) for event in batch], i)
+    print(i, flush=True)
+"""
+PLACES = ["INSERT INTO processed_events|", "|INSERT INTO processed_events", "INSERT INTO seen SELECT key, seq, fingerprint, f|",
+          "|DELETE FROM recent.ids", "|UPDATE progress", "|INSERT INTO listing", "|DELETE FROM processed_events", "COMMIT|",
+          "|COMMIT", "|ATTACH", "|INSERT INTO recent.ids", "|INSERT INTO stats", "BEGIN EXCLUSIVE|", "|PRAGMA user_version=",
+          "|DELETE FROM listing"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_kill_9_in_the_middle_of_a_commit_loses_nothing_and_doubles_nothing(tmp_path, place):
+    path, start, rng = str(tmp_path / "s.db"), 0, random.Random(place)
+    for _ in range(int(os.environ.get("CRASH_ROUNDS", "2"))):
+        program = CRASH.format(folder=os.path.dirname(os.path.abspath(aggregator.__file__)), path=path, place=place,
+                               countdown=1 if "ATTACH" in place or "EXCL" in place or "user_v" in place
+                               else rng.randrange(1, 40), start=start)
+        child = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+        acknowledged = start + len(child.stdout.split())
+        with contextlib.closing(aggregator.Store(path, True, 25)) as opened:
+            unique = opened.received()
+            assert unique in (acknowledged * 7, acknowledged * 7 + 7)  # the last one may have been on its way
+            everything = [event(i, payload="{}") for i in range(unique)]
+            assert not everything or kinds(opened.commit(everything, NOW), unique) == ["duplicate"] * unique
+            assert opened.received() == unique * 2
+        assert sound(path) == []
+        os.unlink(path)  # a fresh one each time, so that countdowns fall in every phase
+        start = 0
+
+
+def test_ten_thousand_batches_leave_the_wal_bounded(tmp_path):
+    with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"), False)) as opened:
+        for i in range(6000):
+            opened.commit([event(i)], NOW)
+        assert os.path.getsize(opened.path + "-wal") < (aggregator.CHECKPOINT_PAGES + 500) * 4200
+
+
+# ======================================================================================================================
+# §4  Pipeline
+# ======================================================================================================================
+
+def in_pipeline(tmp_path, body, max_events=100, **options):
+    """Run `body(pipeline)` beside a pipeline on a temporary store, and stop it after."""
+    async def run():
+        pipeline = aggregator.Pipeline(lambda: aggregator.Store(str(tmp_path / "p.db"), **options), lambda: NOW, max_events)
+        await pipeline.start()
+        try:
+            return await asyncio.wait_for(body(pipeline), 20)
+        finally:
+            assert await pipeline.stop(5)
+    return asyncio.run(run())
+
+
+def plain(event_id, topic="t"):
+    return aggregator.Event(topic, str(event_id), NOW, "s", "{}")
+
+
+class Gate:
+    """Holds the writer's thread until opened, and fails its commits on demand; the store behind it is the real one."""
+
+    def __init__(self, pipeline):
+        self.opened, self.failure, self.groups = threading.Event(), None, []
+        self.commit, pipeline._store.commit = pipeline._store.commit, self
+
+    def __call__(self, records, now_us):
+        assert self.opened.wait(10)
+        self.groups.append(len(records))
+        if self.failure:
+            raise self.failure
+        return self.commit(records, now_us)
+
+
+def test_a_publisher_is_answered_after_the_commit(tmp_path):
+    async def body(pipeline):
+        gate = Gate(pipeline)
+        waiting = asyncio.ensure_future(pipeline.publish([plain(1)], 10))
+        await asyncio.sleep(0.05)
+        assert not waiting.done() and (await pipeline.stats())["current_queue_size"] == 1
+        gate.opened.set()
+        assert [verdict.kind for verdict in (await waiting).verdicts()] == ["new"]
+        assert (await pipeline.stats())["current_queue_size"] == 0
+    in_pipeline(tmp_path, body)
+
+
+def test_what_waits_is_committed_as_one_group_and_each_publisher_gets_its_own_verdicts(tmp_path):
+    async def body(pipeline):
+        gate = Gate(pipeline)
+        first = asyncio.ensure_future(pipeline.publish([plain("x")], 1))
+        await asyncio.sleep(0.05)
+        others = [asyncio.ensure_future(pipeline.publish([plain(i), plain("x"), plain(i + 1)], 1)) for i in (1, 2, 3)]
+        await asyncio.sleep(0.05)
+        gate.opened.set()
+        assert (await first).first_seq == 1
+        receipts = await asyncio.gather(*others)
+        assert [[(v.kind, v.seq) for v in receipt.verdicts()] for receipt in receipts] == [
+            [("new", 2), ("duplicate", 1), ("new", 3)], [("duplicate", 3), ("duplicate", 1), ("new", 4)],
+            [("duplicate", 4), ("duplicate", 1), ("new", 5)]]
+        assert gate.groups == [1, 9] and {receipt.group for receipt in receipts} == {9}
+        assert len(pipeline.duplicates) == 5
+    in_pipeline(tmp_path, body)
+
+
+def test_a_full_queue_refuses_a_batch_whole_and_counts_nothing_of_it(tmp_path):
+    async def body(pipeline):
+        gate = Gate(pipeline)
+        taken = [asyncio.ensure_future(pipeline.publish([plain(i) for i in range(k, k + 4)], 1)) for k in (0, 4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(aggregator.QueueFull, match="8 of 10"):
+            await pipeline.publish([plain(i) for i in range(20, 23)], 1)
+        last = asyncio.ensure_future(pipeline.publish([plain(30), plain(31)], 1))  # exactly fits
+        await asyncio.sleep(0)
+        stats = await pipeline.stats()
+        assert stats["received"] == stats["current_queue_size"] == 10
+        gate.opened.set()
+        await asyncio.gather(last, *taken)
+        stats = await pipeline.stats()
+        assert stats["received"] == stats["unique_processed"] == 10 and stats["current_queue_size"] == 0
+    in_pipeline(tmp_path, body, max_events=10)
+
+
+def test_a_batch_larger_than_the_queue_is_told_so(tmp_path):
+    async def body(pipeline):
+        with pytest.raises(aggregator.BatchTooLarge, match="at most 10"):
+            await pipeline.publish([plain(i) for i in range(11)], 1)
+        assert len((await pipeline.publish([plain(i) for i in range(10)], 1)).records) == 10
+    in_pipeline(tmp_path, body, max_events=10)
+
+
+def test_the_queue_is_bounded_in_bytes_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "QUEUE_MAX_BYTES", 1000)
+
+    async def body(pipeline):
+        gate = Gate(pipeline)
+        first = asyncio.ensure_future(pipeline.publish([plain(1)], 5000))  # alone, it may be larger than the bound
+        await asyncio.sleep(0.05)
+        with pytest.raises(aggregator.QueueFull):
+            await pipeline.publish([plain(2)], 1)
+        gate.opened.set()
+        await first
+        await pipeline.publish([plain(2)], 1)
+    in_pipeline(tmp_path, body)
+
+
+@pytest.mark.parametrize("failure", [aggregator.StoreFailed("disk full"), ValueError("a bug"), MemoryError()])
+def test_a_failing_commit_refuses_its_group_and_the_consumer_goes_on(tmp_path, failure, caplog):
+    async def body(pipeline):
+        gate = Gate(pipeline)
+        gate.opened.set()
+        gate.failure = failure
+        both = await asyncio.gather(*[pipeline.publish([plain(i)], 1) for i in (1, 2)], return_exceptions=True)
+        assert [type(error) for error in both] == [aggregator.Unavailable] * 2
+        await pipeline.publish([plain(3)], 1, wait=False)
+        await asyncio.sleep(0.05)
+        stats = await pipeline.stats()
+        assert stats["received"] == stats["unique_processed"] == stats["current_queue_size"] == 0
+        gate.failure = None
+        assert await pipeline.health() == ""  # found out by writing
+        assert [v.kind for v in (await pipeline.publish([plain(1)], 1)).verdicts()] == ["new"]
+        assert (await pipeline.stats())["received"] == 1
+    in_pipeline(tmp_path, body)
+    assert "LOST - 1 events" in caplog.text and "COMMIT FAILED" in caplog.text
+
+
+def test_events_taken_without_waiting_are_stored_when_the_pipeline_stops(tmp_path):
+    async def body(pipeline):
+        for i in range(50):
+            assert await pipeline.publish([plain(i)], 1, wait=False) is None
+    in_pipeline(tmp_path, body)
+    with contextlib.closing(aggregator.Store(str(tmp_path / "p.db"))) as opened:
+        assert opened.received() == 50
+
+
+def test_a_publisher_that_goes_away_leaves_its_events_and_the_books_in_order(tmp_path):
+    async def body(pipeline):
+        gate = Gate(pipeline)
+        leaving = asyncio.ensure_future(pipeline.publish([plain(1)], 1))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        gate.opened.set()
+        await pipeline.publish([plain(2)], 1)
+        stats = await pipeline.stats()
+        assert (stats["received"], stats["unique_processed"], stats["current_queue_size"]) == (2, 2, 0)
+    in_pipeline(tmp_path, body)
+
+
+def test_nothing_is_taken_once_stopping(tmp_path):
+    async def body(pipeline):
+        pipeline._stopping = True
+        with pytest.raises(aggregator.Stopping):
+            await pipeline.publish([plain(1)], 1)
+        assert "stopping" in await pipeline.health()
+    in_pipeline(tmp_path, body)
+
+
+def test_retention_works_without_anything_being_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "TIDY_INTERVAL_S", 0.01)
+    with contextlib.closing(aggregator.Store(str(tmp_path / "p.db"))) as opened:
+        opened.commit([event(i) for i in range(1200)], NOW)
+
+    async def body(pipeline):
+        while (await pipeline.stats())["stored"] > 5:
+            await asyncio.sleep(0.01)
+        assert (await pipeline.stats())["unique_processed"] == 1200
+    in_pipeline(tmp_path, body, max_per_topic=5)
+
+
+def test_small_groups_are_logged_event_by_event_and_large_ones_in_a_line(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
+    async def body(pipeline):
+        await pipeline.publish([plain(1), plain(1)], 1)
+        await pipeline.publish([aggregator.Event("t", "1", NOW, "other", "{}")], 1)
+        await pipeline.publish([plain(i) for i in range(50)], 1)
+    in_pipeline(tmp_path, body)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:2] == ["EVENT PROCESSED - topic: t, event_id: 1, source: s",
+                         "DUPLICATE DROPPED - topic: t, event_id: 1, source: s"]
+    assert lines[2].startswith("CONFLICT - topic: t, event_id: 1, source: other") and "seq 1" in lines[2]
+    assert lines[4:] == ["GROUP COMMITTED - events: 50, processed: 49, duplicates dropped: 1"]
+
+
+# ======================================================================================================================
+# §5 HTTP
+# ======================================================================================================================
+
+MAX = 1000  # bytes of a body in these tests
+GET, POST = b"GET / HTTP/1.1\r\nHost: h\r\n", b"POST /p HTTP/1.1\r\nHost: h\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+NEXT = b"PUT /next?a=1 HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nok"
+NEXT_SEEN = ("PUT", ("next",), b"ok")
+
+
+def get(*fields):
+    return GET + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
+
+
+def post(*fields, body=b""):
+    return POST + b"".join(field + b"\r\n" for field in fields) + b"\r\n" + body
+
+
+def zipped(body, coding=b"gzip"):
+    return post(b"Content-Encoding: " + coding, b"Content-Length: %d" % len(body), body=body)
+
+
+def outcome(pieces, parser=None):
+    """Method, path and body of the requests that came out, and the name of the problem that ended it, if any."""
+    parser, seen = parser or aggregator.RequestParser(MAX), []
+    for piece in pieces:
+        parser.feed(piece)
+        try:
+            for request in iter(parser.next_request, None):
+                assert type(request) is aggregator.Request
+                seen.append((request.head.method, request.head.path, request.body))
+        except aggregator.HTTPError as error:
+            assert error.problem in aggregator.PROBLEMS and error.detail.isascii()
+            return seen, error.problem
+    return seen, None
+
+
+def feeds(raw):
+    """Whole, byte by byte, and in two pieces, split everywhere (at 200 places of what is long)."""
+    yield [raw]
+    yield [raw[i:i + 1] for i in range(len(raw))]
+    for cut in range(1, len(raw), 1 + len(raw) // 200):
+        yield [raw[:cut], raw[cut:]]
+
+
+def head_of(raw):
+    parser = aggregator.RequestParser(MAX)
+    parser.feed(raw)
+    return parser.next_request().head
+
+
+def padded(size):
+    """A head of `size` bytes, without the empty line that ends it."""
+    lines = GET + (b"a: " + b"x" * 995 + b"\r\n") * ((size - len(GET)) // 1000 - 1)
+    return lines + b"b: " + b"y" * (size - len(lines) - 3)
+
+
+HELLO_GZ = gzip.compress(b"hello")
+ROOT, P = ("GET", ("",), b""), ("POST", ("p",), b"")
+HELLO = ("POST", ("p",), b"hello")
+GOOD = {
+    "no body": (get(), [ROOT]),
+    "no blank after the colon": (b"GET / HTTP/1.1\r\nHost:h\r\n\r\n", [ROOT]),
+    "blanks around a value": (get(b"A: \t x \t"), [ROOT]),
+    "an empty value": (get(b"A:"), [ROOT]),
+    "bytes over 127 in a value": (get(b"A: caf\xe9 \xff"), [ROOT]),
+    "an empty line before": (b"\r\n" + get(), [ROOT]),
+    "an empty line after a body": (post(b"Content-Length: 5", body=b"hello\r\n") + get(), [HELLO, ROOT]),
+    "HTTP/1.0 without Host": (b"GET / HTTP/1.0\r\n\r\n", [ROOT]),
+    "an unknown minor version": (b"GET / HTTP/1.2\r\nHost: h\r\n\r\n", [ROOT]),
+    "a length": (post(b"Content-Length: 5", body=b"hello"), [HELLO]),
+    "a length of zero": (post(b"Content-Length: 0"), [P]),
+    "a length with leading zeros": (post(b"content-LENGTH:\t0005 ", body=b"hello"), [HELLO]),
+    "a GET with a body": (get(b"Content-Length: 14") + b"GET / HTTP/1.1", [ROOT[:2] + (b"GET / HTTP/1.1",)]),
+    "the largest body": (post(b"Content-Length: 1000", body=b"x" * MAX), [P[:2] + (b"x" * MAX,)]),
+    "chunks": (CHUNKED + b"2\r\nhe\r\n003\r\nllo\r\n0\r\n\r\n", [HELLO]),
+    "no chunk but the last": (CHUNKED + b"0\r\n\r\n", [P]),
+    "CHUNKED": (post(b"transfer-encoding: \tChunKED ", body=b"5\r\nhello\r\n000\r\n\r\n"), [HELLO]),
+    "chunk extensions": (CHUNKED + b'5;a=b;c="d;e"\r\nhello\r\n0 \t;x\r\n\r\n', [HELLO]),
+    "trailers": (CHUNKED + b"5\r\nhello\r\n0\r\nContent-Length: 7\r\nA: b\r\n\r\n", [HELLO]),
+    "a chunk that holds CR LF": (CHUNKED + b"7\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n", [P[:2] + (b"\r\n0\r\n\r\n",)]),
+    "hex digits": (CHUNKED + b"A\r\nabcdefghij\r\na\r\nabcdefghij\r\n0\r\n\r\n", [P[:2] + (b"abcdefghij" * 2,)]),
+    "chunks, the most": (CHUNKED + b"3e7\r\n%b\r\n1\r\nx\r\n0\r\n\r\n" % (b"x" * 999), [P[:2] + (b"x" * MAX,)]),
+    "many chunks": (CHUNKED + b"1\r\nx\r\n" * 150 + b"0\r\n\r\n", [P[:2] + (b"x" * 150,)]),
+    "the longest chunk line": (CHUNKED + b"5;%b\r\nhello\r\n0\r\n\r\n" % (b"x" * 1022), [HELLO]),
+    "the most trailers": (CHUNKED + b"0\r\n" + b"a:b\r\n" * 100 + b"\r\n", [P]),
+    "the longest trailers": (CHUNKED + b"0\r\na:%b\r\nb:%b\r\n\r\n" % (b"x" * 4094, b"y" * 4094), [P]),
+    "the longest request line": (b"GET /%b HTTP/1.1\r\nHost: h\r\n\r\n" % (b"x" * 7986), [("GET", ("x" * 7986,), b"")]),
+    "the longest head": (padded(aggregator.MAX_HEAD_BYTES) + b"\r\n\r\n", [ROOT]),
+    "the most fields": (get(*[b"A: b"] * 99), [ROOT]),
+    "three requests": (get() + CHUNKED + b"5\r\nhello\r\n0\r\n\r\n" + get(), [ROOT, HELLO, ROOT]),
+    "the asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", [("OPTIONS", ("*",), b"")]),
+    "gzip": (zipped(HELLO_GZ), [HELLO]),
+    "x-GZip": (zipped(HELLO_GZ, b"x-GZip"), [HELLO]),
+    "gzip of two members": (zipped(gzip.compress(b"he") + gzip.compress(b"") + gzip.compress(b"llo")), [HELLO]),
+    "gzip of the largest body": (zipped(gzip.compress(b"x" * MAX)), [P[:2] + (b"x" * MAX,)]),
+    "gzip in chunks": (post(b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", body=b"%x\r\n%b\r\n0\r\n\r\n" % (
+        len(HELLO_GZ), HELLO_GZ)), [HELLO]),
+    "identity": (zipped(b"hello", b"Identity"), [HELLO]),
+}
+
+LENGTHS = (
+    b"+5|-5|-0|5 5|5,5|5, 5|1_0|0x5|5.0|5e0||five|\xb2|\xd9\xa5|\xef\xbc\x95|5\x0b|\x0c5|\xa05|5\x85|\"5\"|5;|0b101"
+).split(b"|")
+CODINGS = (
+    b"|xchunked|chunked123|chunked, chunked|chunked, identity|chunked, gzip|identity|gzip|chunked;q=1|\"chunked\"|"
+    b"chunked,|,chunked|x, chunked|chunke|chun ked|\x0bchunked|chunked\x0c|\xa0chunked|chun\xe2\x84\xaaed|chunked\x00|"
+    b"trailers"
+).split(b"|")
+SIZES = (
+    b"| |+5|-5|-0|+0|0x5|0X5|5_0|0_0|5 | 5|\t5|g|5g|5.|\xd9\xa5|\xb2|5\x00|5,|5\r|5;a\x00|5;\x7f|5;a\nb|5\n|5;a\r|"
+    b"00000000000000000|fffffffffffffffff"
+).split(b"|")
+LINES = (
+    b"GET /|GET  / HTTP/1.1|GET / HTTP/1.1 | GET / HTTP/1.1|GET\t/\tHTTP/1.1|GET / x HTTP/1.1|GET / HTTP/1.1x|"
+    b"GET / http/1.1|GET / HTTP/1|GET / HTTP/1.10|GET / HTTP/11|GET / HTTP/1.\xb2|GET / HTTP /1.1|GET / HTTPS/1.1|"
+    b"GET /\x00 HTTP/1.1|GET /\x1f HTTP/1.1|GET /\x7f HTTP/1.1|GET /\x0b HTTP/1.1|GET /\n HTTP/1.1|GET /\r HTTP/1.1|"
+    b"G\x00ET / HTTP/1.1|G(T / HTTP/1.1|G\xc9T / HTTP/1.1|GET HTTP/1.1|GET  HTTP/1.1||GET x HTTP/1.1|GET ?a HTTP/1.1|"
+    b"GET * HTTP/1.1|GET /#a HTTP/1.1|GET h:80 HTTP/1.1|OPTIONS *a HTTP/1.1|OPTIONS *?a HTTP/1.1|"
+    b"GET ftp://h/ HTTP/1.1|GET http:/// HTTP/1.1|GET http://a@h/ HTTP/1.1|GET http://h:x/ HTTP/1.1|"
+    b"GET http://[/ HTTP/1.1|GET http:// HTTP/1.1|GET /% HTTP/1.1|GET /%4 HTTP/1.1|GET /%zz HTTP/1.1|"
+    b"GET /%+4 HTTP/1.1|GET /% 4 HTTP/1.1|GET /%\xd9\xa5\xd9\xa5 HTTP/1.1|GET /%ff HTTP/1.1|GET /%c0%af HTTP/1.1|"
+    b"GET /%ed%a0%80 HTTP/1.1|GET /\xff HTTP/1.1|GET /?%f HTTP/1.1|GET /?a=%80 HTTP/1.1"
+).split(b"|")
+FIELDS = (
+    b"A : b|A\t: b|A\xa0: b| A: b|\tA: b|: b|A|A b: c|A(b): c|\xc4: b|A\x00: b|A: \x00|A: b\x00c|A: \x01|A: \x0b|"
+    b"A: \x1f|A: \x7f|A: b\n c|A: b\nC: d|A: b\rC: d|A: b\r|A: b\r\n c|A: b\r\n\tc|A: b\r\n : c|Host: h|host: i|"
+    b"Content_Length: 5|Transfer_Encoding: chunked|Content-Length : 5|Transfer-Encoding : chunked|"
+    b"Content-Length: 5\r\nContent-Length: 5|Content-Length: 5\r\ncontent-length: 6|"
+    b"Content-Length: 5\r\nTransfer-Encoding: chunked|Content-Length: 0\r\nTransfer-Encoding:|"
+    b"Transfer-Encoding: chunked\r\nContent-Length: 5|Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked|"
+    b"Transfer-Encoding: gzip\r\nTransfer-Encoding: x|Transfer-Encoding:\r\n chunked|Content-Length: \r\n 5"
+).split(b"|")
+HOSTS = (
+    b"a b|a/b|a,b, c|a@b|a:b|a:80:80|http://h|[::1|::1|[g]|h\xe9|a?b|a#b|\"h\"|h\\|a%|a%zz"
+).split(b"|")
+CHUNKS = (
+    b"5\r\nhello0\r\n\r\n|5\r\nhello\n0\r\n\r\n|5\r\nhello\r0\r\n\r\n|5\r\nhell\r\n0\r\n\r\n|5\r\nhello!\r\n0\r\n\r\n|"
+    b"5\r\nhello\r\r\n0\r\n\r\n|5\r\nhello\n\r\n0\r\n\r\n|5\nhello|5\rhello|\n5\r\nhello|5\r\nhello\r\n\r\n0\r\n\r\n|"
+    b"0\r\nA : b\r\n\r\n|0\r\nA: b\r\n c\r\n\r\n|0\r\nA: \x00\r\n\r\n|0\r\nA\r\n\r\n|0\r\nA: b\n\r\n|0\r\n\n|0\r\n\rX|"
+    b"0\r\n0\r\n\r\n"
+).split(b"|")
+TAIL = b"\r\nHost: h\r\n\r\n"
+
+REFUSED = [("bad-request", raw) for raw in itertools.chain(
+    (post(b"Content-Length: " + length, body=b"hello") for length in LENGTHS),
+    (post(b"Transfer-Encoding: " + coding, body=b"0\r\n\r\n") for coding in CODINGS),
+    (CHUNKED + size + b"\r\nhello\r\n0\r\n\r\n" for size in SIZES + [b"1" * 500]),
+    (CHUNKED + rest for rest in CHUNKS),
+    (line + TAIL for line in LINES),
+    (get(field) for field in FIELDS),
+    (b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n" for host in HOSTS),
+    (b"POST /p HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+     b"GET / HTTP/1.1\r\n Host: h\r\n\r\n", b"GET http://h/ HTTP/1.1\r\n\r\n", b"GET / HTTP/1.0\r\nHost: a b\r\n\r\n",
+     b"\r\n\r\n" + get(), b"\n" + get(), b"\rGET", b" " + get(), b"\x00" + get(), b"\xef\xbb\xbf" + get(),
+     b"\x16\x03\x01" + get(), get().replace(b"\r\n", b"\n"), get().replace(b"\r\n", b"\r") + b"\r\n\r\n",
+     GET + b"\n", GET + b"A: b\n\r\n", GET + b"\r\r\n", GET[:-2] + b"\r\r\n\r\n",
+     CHUNKED + b"5;%b\r\n" % (b"x" * 1023)),
+    (zipped(body) for body in (
+        b"hello", HELLO_GZ[:-1], HELLO_GZ[:5], HELLO_GZ + b"\0", HELLO_GZ + b"garbage", HELLO_GZ + HELLO_GZ[:-4],
+        HELLO_GZ[:-8] + b"\0" * 8, zlib.compress(b"hello"))))]
+REFUSED += [("too-large", raw) for raw in (
+    post(b"Content-Length: 1001", body=b"x" * 1001), post(b"Content-Length: " + b"9" * 18),
+    post(b"Content-Length: 18446744073709551621"), post(b"Content-Length: " + b"1" * 5000),
+    post(b"Content-Length: 1001", b"Expect: 100-continue"), CHUNKED + b"3e9\r\n" + b"x" * 1001,
+    CHUNKED + b"3e8\r\n%b\r\n1\r\n" % (b"x" * MAX), CHUNKED + b"ffffffff\r\n", CHUNKED + b"FFFFFFFFFFFFFFFF\r\n",
+    CHUNKED + b"8000000000000000\r\n", zipped(gzip.compress(b"x" * 1001)), zipped(gzip.compress(b"\0" * 500_000)),
+    zipped(gzip.compress(b"x" * 501) + gzip.compress(b"x" * 500)))]
+REFUSED += [("target-too-long", raw) for raw in (
+    b"GET /%b HTTP/1.1" % (b"x" * 7987) + TAIL, b"x" * 8002, b"A" * 100_000)]
+REFUSED += [("headers-too-large", raw) for raw in (
+    padded(aggregator.MAX_HEAD_BYTES + 1) + b"\r\n\r\n", get(*[b"A: b"] * 100), GET + b"a: " + b"x" * 40_000,
+    CHUNKED + b"0\r\n" + b"a:b\r\n" * 101 + b"\r\n",
+    CHUNKED + b"0\r\na:%b\r\nb:%b\r\n\r\n" % (b"x" * 4094, b"y" * 4095),
+    CHUNKED + b"0\r\n" + b"a" * 9000)]
+REFUSED += [("not-implemented", raw) for raw in (
+    [method + b" / HTTP/1.1" + TAIL for method in b"get|Get|GETT|GE|CONNECT|PROPFIND|!|M-SEARCH".split(b"|")] + [
+       b"CONNECT h:443 HTTP/1.1" + TAIL, post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"),
+       post(b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n")])]
+REFUSED += [("version-not-supported", raw) for raw in [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] + [
+    b"GET / HTTP/%b%b" % (version, TAIL) for version in (b"2.0", b"0.9", b"3.0", b"0.0", b"9.9")]]
+REFUSED += [("expectation-failed", post(b"Expect: " + value, b"Content-Length: 5", body=b"hello"))
+            for value in (b"x", b"100", b"100-continue, x", b"100-continue;a", b"200-ok", b"100-continued")]
+REFUSED += [("unsupported-encoding", zipped(HELLO_GZ, coding))
+            for coding in (b"br", b"deflate", b"gzip, gzip", b"gzip, identity", b"gzipped", b"zstd", b"gzip;q=1")]
+REFUSED += [("bad-parameter", b"GET /?a=1&%61=2 HTTP/1.1" + TAIL)]
+
+
+@pytest.mark.parametrize("raw, expected", GOOD.values(), ids=GOOD)
+def test_a_good_request_is_parsed_alike_however_it_arrives(raw, expected):
+    for pieces in feeds(raw):
+        assert outcome(pieces) == (expected, None)
+    for pieces in feeds(raw + NEXT):
+        assert outcome(pieces) == (expected + [NEXT_SEEN], None)
+    assert outcome([raw[:-1]]) == (expected[:-1], None)  # and not a byte early
+
+
+@pytest.mark.parametrize("problem, raw", REFUSED, ids=lambda value: ascii(value)[-60:])
+def test_a_bad_request_is_refused_alike_however_it_arrives_and_so_is_what_follows(problem, raw):
+    for pieces in itertools.chain(feeds(raw), feeds(raw + NEXT)):
+        assert outcome(pieces) == ([], problem)
+    assert outcome([NEXT + raw]) == outcome([NEXT, raw]) == ([NEXT_SEEN], problem)
+
+
+def test_a_parser_that_refused_must_not_be_asked_again():
+    parser = aggregator.RequestParser()
+    assert outcome([b"x\r\n\r\n" + NEXT], parser) == ([], "bad-request")
+    with pytest.raises(AssertionError):
+        parser.next_request()
+
+
+@pytest.mark.parametrize("target, path, query, host", [
+    (b"/", ("",), {}, "h"), (b"//", ("", ""), {}, "h"), (b"//[", ("", "["), {}, "h"),
+    (b"/a/b/", ("a", "b", ""), {}, "h"),
+    (b"/a%2Fb/c%20d+e", ("a/b", "c d+e"), {}, "h"), (b"/caf%C3%A9/%f0%9F%98%80", ("café", "😀"), {}, "h"),
+    (b"/caf\xc3\xa9", ("café",), {}, "h"), (b"/../%2e%2e", ("..", ".."), {}, "h"), (b"/%00%0a%25", ("\0\n%",), {}, "h"),
+    (b"/?", ("",), {}, "h"),
+    (b"/?a=1&b=x+y%2B%26&&c&=&d=e=f?g", ("",), {"a": "1", "b": "x y+&", "c": "", "": "", "d": "e=f?g"}, "h"),
+    (b"http://g/x?y=1", ("x",), {"y": "1"}, "g"), (b"HTTP://g:80", ("",), {}, "g:80"),
+    (b"http://g?y", ("",), {"y": ""}, "g"),
+])
+def test_a_target_is_split_then_decoded_and_its_authority_outranks_the_host_field(target, path, query, host):
+    assert head_of(b"GET " + target + b" HTTP/1.1" + TAIL)[1:3] == (path, query)
+    assert head_of(b"GET " + target + b" HTTP/1.1" + TAIL).headers["host"] == host
+
+
+@pytest.mark.parametrize("host", b"|h|h:|h:8000|127.0.0.1:80|[::1]|[::ffff:1.2.3.4]:80|a-b_c.~d|a%41".split(b"|"))
+def test_a_host_field_may_hold_whatever_names_a_host(host):
+    assert head_of(b"GET / HTTP/1.1\r\nhOST: " + host + b" \r\n\r\n").headers == {"host": host.decode()}
+
+
+def test_field_names_are_lower_case_and_repeated_fields_are_joined_in_order():
+    assert head_of(get(b"X: 1", b"y:2", b"x: ", b"X: caf\xe9")).headers == {"host": "h", "x": "1, , caf\xe9", "y": "2"}
+    assert head_of(get(b"Content-Type: \tText/Plain \t; Charset=UTF-8")).content_type == "text/plain"
+
+
+@pytest.mark.parametrize("version, fields, keep_alive", [
+    (1, b"", True), (1, b"close", False), (1, b"CLOSE", False), (1, b"foo, close", False), (1, b"close,foo", False),
+    (1, b"foo|Close", False), (1, b"keep-alive, close", False), (1, b"\tx\t,\tclose\t", False), (1, b",,close", False),
+    (1, b"closed", True), (1, b"foo close", True), (0, b"", False), (0, b"foo", False), (0, b"Keep-Alive", True),
+    (0, b"foo|keep-alive", True), (0, b"keep-alive, close", False)])
+def test_connection_is_a_list_of_tokens_and_may_be_repeated(version, fields, keep_alive):
+    lines = b"".join(b"Connection: " + field + b"\r\n" for field in fields.split(b"|"))
+    assert head_of(b"GET / HTTP/1.%d\r\nHost: h\r\n%b\r\n" % (version, lines)).keep_alive is keep_alive
+    assert head_of(b"GET / HTTP/1.%d\r\nHost: h\r\n\r\n" % version).keep_alive is bool(version)
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (post(b"Expect: 100-continue", b"Content-Length: 5"), True),
+    (post(b"expect: 100-CONTINUE", b"Transfer-Encoding: chunked"), True),
+    (post(b"Content-Length: 5"), False), (post(b"Expect:", b"Content-Length: 5"), False),
+    (POST.replace(b"1.1", b"1.0") + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", False)])
+def test_continue_is_wanted_from_the_head_on_until_the_body_is_there(raw, expected):
+    parser = aggregator.RequestParser(MAX)
+    assert (outcome([raw[:-1]], parser), parser.wants_continue, parser.phase) == (([], None), False, "head")
+    assert (outcome([raw[-1:]], parser), parser.wants_continue, parser.phase) == (([], None), expected, "body")
+    body = b"5\r\nhello\r\n0\r\n\r\n" if b"chunked" in raw else b"hello"
+    assert (outcome([body], parser), parser.wants_continue, parser.phase) == (([HELLO], None), False, "idle")
+
+
+def test_continue_is_not_wanted_without_a_body_nor_after_a_refusal():
+    expect = b"Expect: 100-continue"
+    for raw, result in ((get(expect), ([ROOT], None)), (post(expect, b"Content-Length: 1001"), ([], "too-large")),
+                        (post(expect, b"Transfer-Encoding: chunked", body=b"x\r\n"), ([], "bad-request"))):
+        parser = aggregator.RequestParser(MAX)
+        assert (outcome([raw], parser), parser.wants_continue) == (result, False)
+
+
+@pytest.mark.parametrize("start, more, kept", [
+    (b"GET /", b"x", 8002), (GET, b"a: b\r\n", 32_768), (GET + b"a: ", b"x", 32_768 + 4), (CHUNKED + b"5;", b"x", 1026),
+    (CHUNKED, b"1" * 8, 1026), (CHUNKED, b"1\r\nx\r\n", MAX), (CHUNKED + b"0\r\n", b"a:b\r\n", 8192),
+    (CHUNKED + b"0\r\na:", b"x", 8194), (b"\r\n", b"\r\n", 32_768), (b"", b"\r", 2)])
+def test_what_never_ends_is_refused_before_it_fills_the_memory(start, more, kept):
+    parser, most = aggregator.RequestParser(MAX), 0
+    parser.feed(start)
+    with pytest.raises(aggregator.HTTPError):
+        for _ in range(50_000 // len(more)):
+            assert parser.next_request() is None
+            most = max(most, len(parser._buffer))
+            parser.feed(more)
+    assert most <= kept
+
+
+def test_random_bytes_are_a_request_or_unfinished_or_refused_however_they_arrive():
+    seed = int(os.environ.get("FUZZ_SEED") or random.randrange(2 ** 32))
+    count = int(os.environ.get("FUZZ_REQUESTS", "40000"))
+    rng = random.Random(seed)
+    good = [raw for raw, _ in GOOD.values() if len(raw) < 400]
+    bad = [raw for _, raw in REFUSED if len(raw) < 400]
+    bits = (b"\r\n|\r\n\r\n|\r|\n|\0| |\t|:|;|,|%|0|5|f|-|_|\xff|chunked|Content-Length: 5\r\n|0\r\n\r\n|\x1f\x8b\x08|"
+            b"Transfer-Encoding: chunked\r\n|HTTP/1.1|GET |/|Host: h\r\n").split(b"|")
+    finished = refused = 0
+    for number in range(count):
+        raw = bytearray(rng.choice(rng.choice((good, good, bad, [b"".join(rng.choices(bits, k=rng.randint(1, 30)))]))))
+        for _ in range(rng.choice((0, 1, 1, 2, 5))):
+            at = rng.randrange(len(raw) + 1)
+            raw[at:at + rng.choice((0, 0, 1, 2, 9))] = rng.choice((rng.choice(bits), bytes([rng.randrange(256)])))
+        raw = bytes(raw) + rng.choice((b"", b"", NEXT))
+        cuts = sorted(rng.randrange(len(raw) + 1) for _ in range(rng.randint(1, 4)))
+        pieces = [raw[start:end] for start, end in zip([0] + cuts, cuts + [len(raw)])]
+        try:
+            whole, split = outcome([raw]), outcome(pieces)
+            assert whole[0] == split[0] and bool(whole[1]) == bool(split[1])
+        except BaseException:
+            print("seed", seed, "number", number, "pieces", pieces)
+            raise
+        finished, refused = finished + bool(whole[0]), refused + bool(whole[1])
+    assert finished > count // 10 and refused > count // 10
+
+
+def seconds(pieces, max_body):
+    """The least CPU time of three runs, all of which end with one request."""
+    times = []
+    for _ in range(3):
+        aggregator._parse_head.cache_clear()
+        start = time.process_time()
+        seen, problem = outcome(pieces, aggregator.RequestParser(max_body))
+        times.append(time.process_time() - start)
+        assert len(seen) == 1 and problem is None
+    return min(times)
+
+
+@pytest.mark.parametrize("raw, size", [
+    (lambda n: [b"%c" % byte for byte in padded(n) + b"\r\n\r\n"], 8000),
+    (lambda n: [b"%c" % byte for byte in b"GET /%b HTTP/1.1" % (b"x" * n) + TAIL], 1900),
+    (lambda n: [b"%c" % byte for byte in CHUNKED + b"0\r\n" + b"a:%b\r\n" % (b"x" * 96) * (n // 100) + b"\r\n"], 2000),
+    (lambda n: [b"%c" % byte for byte in CHUNKED + b"1\r\nx\r\n" * (n // 6) + b"0\r\n\r\n"], 16_000),
+    (lambda n: [CHUNKED + b"1\r\nx\r\n" * (n // 6) + b"0\r\n\r\n"], 250_000),
+    (lambda n: [b"%c" % byte for byte in post(b"Content-Length: %d" % n, body=b"x" * n)], 64_000),
+    (lambda n: [zipped(gzip.compress(b"x" * 20 * n))], 50_000),
+], ids=["head", "request line", "trailers", "chunks", "chunks at once", "body", "gzip"])
+def test_four_times_the_input_takes_about_four_times_as_long(raw, size):
+    assert seconds(raw(4 * size), 10 ** 7) < 9 * seconds(raw(size), 10 ** 7) + 0.005
+
+
+def test_a_gzip_body_of_more_members_than_the_limit_is_refused():  # each costs a copy of all that is behind it
+    member = gzip.compress(b"x")
+    assert aggregator._inflate(member * aggregator.MAX_GZIP_MEMBERS, MAX) == b"x" * aggregator.MAX_GZIP_MEMBERS
+    for excess in (1, 50_000):
+        with pytest.raises(aggregator.HTTPError):
+            aggregator._inflate(member * (aggregator.MAX_GZIP_MEMBERS + excess), 10 ** 7)
+
+
+DATE = "Thu, 01 Jan 1970 00:00:00 GMT"
+TOP = b"Date: " + DATE.encode() + b"\r\nServer: aggregator/" + aggregator.__version__.encode() + b"\r\n"
+JSON = b"Content-Type: application/json\r\n"
+
+
+async def no_pieces():
+    yield b""
+
+
+@pytest.mark.parametrize("response, options, expected", [
+    ((200, b"{}"), {}, b"HTTP/1.1 200 OK\r\n" + TOP + JSON + b"Content-Length: 2\r\n\r\n{}"),
+    ((202, b""), {}, b"HTTP/1.1 202 Accepted\r\n" + TOP + JSON + b"Content-Length: 0\r\n\r\n"),
+    ((200, "é😀".encode()), {}, b"HTTP/1.1 200 OK\r\n" + TOP + JSON + b"Content-Length: 6\r\n\r\n" + "é😀".encode()),
+    ((200, b"{}"), {"head_only": True}, b"HTTP/1.1 200 OK\r\n" + TOP + JSON + b"Content-Length: 2\r\n\r\n"),
+    ((204,), {}, b"HTTP/1.1 204 No Content\r\n" + TOP + b"\r\n"),
+    ((204, b"", "", (("Allow", "GET, HEAD"),)), {"keep_alive": False},
+     b"HTTP/1.1 204 No Content\r\n" + TOP + b"Allow: GET, HEAD\r\nConnection: close\r\n\r\n"),
+    ((400, b"x", "text/plain", (("A", "b"), ("C", "d"))), {"keep_alive": False}, b"HTTP/1.1 400 Bad Request\r\n" + TOP
+     + b"Content-Type: text/plain\r\nContent-Length: 1\r\nA: b\r\nC: d\r\nConnection: close\r\n\r\nx"),
+    ((200, no_pieces()), {},
+     b"HTTP/1.1 200 OK\r\n" + TOP + JSON + b"Transfer-Encoding: chunked\r\n\r\n"),
+    ((200, no_pieces()), {"keep_alive": False, "http_1_0": True},
+     b"HTTP/1.1 200 OK\r\n" + TOP + JSON + b"Connection: close\r\n\r\n"),
+    ((200, b""), {"http_1_0": True},
+     b"HTTP/1.1 200 OK\r\n" + TOP + JSON + b"Content-Length: 0\r\nConnection: keep-alive\r\n\r\n"),
+])
+def test_a_response_has_exactly_these_bytes(response, options, expected):
+    options = {"keep_alive": True, **options}
+    for _ in range(2):  # the second from the cache
+        assert aggregator.encode_response(aggregator.Response(*response), DATE, **options) == expected
+
+
+def test_every_problem_has_a_reason_phrase():
+    assert {status for status, _ in aggregator.PROBLEMS.values()} <= set(aggregator.REASONS)
+
+
+def test_the_date_is_the_one_format_of_http_for_any_instant():
+    rng = random.Random(4)
+    for instant in [0, 0.999, 951_782_400, 2 ** 31] + [rng.uniform(0, 4e9) for _ in range(500)]:
+        assert aggregator.http_date(instant) == email.utils.formatdate(int(instant), usegmt=True)
+
+
+# ======================================================================================================================
+# §6 API: bytes to the parser, requests to `answer`, no sockets; a clock that only the test moves
+# ======================================================================================================================
+
+def sample(event_id="1", **fields):
+    return {"topic": "t", "event_id": event_id, "timestamp": "2026-01-01T00:00:00Z", "source": "s", "payload": {"n": 1},
+            **fields}
+
+
+def lines(values):
+    return "\n".join(json.dumps(value) for value in values).encode()
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict
+    body: bytes
+    pieces: int = 1
+
+    @property
+    def json(self):
+        return json.loads(self.body.decode("utf-8"))
+
+
+def assert_problem(answer, content_type):
+    """RFC 9457, and the status that PROBLEMS gives this type."""
+    assert content_type == "application/problem+json"
+    assert {"type", "title", "status", "detail"} <= set(answer.json) and answer.json["detail"]
+    name = answer.json["type"].partition("/docs#")[2]
+    assert (answer.status, answer.json["title"]) == aggregator.PROBLEMS[name] and answer.json["status"] == answer.status
+    assert (answer.status == 503) == ("Retry-After" in answer.headers)
+
+
+class Desk:
+    """An API over a store of its own. Every answer is checked for its form, and the books at the end."""
+
+    def __init__(self, path, max_events=1000, **options):
+        self.path, self.now, self.random_ids = path, NOW, iter(f"random-{n}" for n in range(10 ** 6))
+        self.loop = asyncio.new_event_loop()
+        self.loop.run_until_complete(self._open(max_events, options))
+
+    async def _open(self, max_events, options):
+        self.pipeline = aggregator.Pipeline(
+            lambda: aggregator.Store(self.path, **options), lambda: self.now, max_events)
+        await self.pipeline.start()
+        self.api = aggregator.API(self.pipeline, lambda: self.now, lambda: next(self.random_ids), {"shown": 1})
+
+    async def _ask(self, method, target, body=b"", headers=(), peer="192.0.2.7"):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = [f"{method} {target} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+        parser = aggregator.RequestParser()
+        parser.feed("\r\n".join(head + list(headers) + ["", ""]).encode("latin-1") + body)
+        response = await self.api.answer(parser.next_request(), peer)
+        pieces = [response.body] if isinstance(response.body, bytes) else [piece async for piece in response.body]
+        answer = Answer(response.status, dict(response.headers), b"".join(pieces), len(pieces))
+        if answer.status >= 400:
+            assert_problem(answer, response.content_type)
+        return answer
+
+    def ask(self, *request, **options):
+        return self.loop.run_until_complete(self._ask(*request, **options))
+
+    def ask_at_once(self, *requests):
+        async def together():
+            return await asyncio.gather(*[self._ask(*request) for request in requests])
+        return self.loop.run_until_complete(together())
+
+    def publish(self, *events):
+        answer = self.ask("POST", "/publish", list(events))
+        assert answer.status == 202, answer
+        return answer.json
+
+    def listed(self, query=""):
+        answer = self.ask("GET", "/events" + query)
+        assert answer.status == 200, answer
+        assert answer.json["count"] == len(answer.json["events"])
+        return [each["event_id"] for each in answer.json["events"]]
+
+    def close(self):
+        stats = self.ask("GET", "/stats").json
+        assert self.loop.run_until_complete(self.pipeline.stop(5))
+        self.loop.close()
+        queued = stats["current_queue_size"]
+        assert stats["received"] == stats["unique_processed"] + stats["duplicate_dropped"] + queued
+        assert all(holds for holds, _ in aggregator.check_store(self.path))
+
+
+@pytest.fixture
+def make_desk(tmp_path):
+    desks = []
+
+    def make(**options):
+        desks.append(Desk(str(tmp_path / f"desk{len(desks)}.db"), **options))
+        return desks[-1]
+    yield make
+    for each in desks:
+        each.close()
+
+
+@pytest.fixture
+def desk(make_desk):
+    return make_desk()
+
+
+TWO = [sample("1"), sample("2")]
+
+
+@pytest.mark.parametrize("body, headers", [
+    (json.dumps(TWO).encode(), ()), (json.dumps({"events": TWO}).encode(), ()), (lines(TWO), ()),
+    (lines(TWO).replace(b"\n", b""), ()), (lines(TWO) + b"\r\n", ("Content-Type: application/x-www-form-urlencoded",)),
+    (gzip.compress(lines(TWO)), ("Content-Encoding: gzip",)), (lines([TWO[:1], {"events": TWO[1:]}]), ()),
+    (json.dumps(TWO, indent=1).encode(), ("Content-Type: application/json; charset=utf-8",))])
+def test_every_form_of_a_body_publishes_the_same_events(desk, body, headers):
+    assert desk.ask("POST", "/publish", body, headers).json == {
+        "status": "accepted", "accepted": 2, "unique": 2, "duplicates": 0, "conflicts": 0, "stored": True}
+    assert desk.ask("POST", "/publish", body, headers).json["duplicates"] == 2
+    assert desk.listed() == ["1", "2"]
+
+
+def test_a_retried_text_with_an_idempotency_key_is_all_duplicates(desk):
+    target, text = "/publish?topic=logs/web&source=nas", "first\r\n\n caf\u00e9 \U0001f600\n".encode("utf-8")
+    headers = ("Content-Type: text/plain; charset=utf-8", "Idempotency-Key: run-7")
+    assert desk.ask("POST", target, text, headers).json["unique"] == 2
+    desk.now += 10 ** 6
+    assert desk.ask("POST", target, text, headers).json["duplicates"] == 2
+    events = desk.ask("GET", "/events?topic=logs/web").json["events"]
+    assert [(each["event_id"], each["payload"]["message"]) for each in events] == [
+        ("run-7:1", "first"), ("run-7:3", " caf\u00e9 \U0001f600")]
+    assert {each["source"] for each in events} == {"nas"}
+
+
+def test_text_without_a_key_is_new_each_time(desk):
+    for unique in (2, 2):
+        answer = desk.ask("POST", "/publish?topic=t&source=s", b"a\nb", ("Content-Type: text/plain",))
+        assert (answer.json["unique"], answer.json["duplicates"]) == (unique, 0)
+
+
+@pytest.mark.parametrize("target, body, headers, problem", [
+    ("/publish?topic=t", b"a", ("Content-Type: text/plain",), "bad-parameter"),
+    ("/publish?source=s", b"a", ("Content-Type: text/plain",), "bad-parameter"),
+    ("/publish?topic=t&source=s", b" \n", ("Content-Type: text/plain",), "invalid-event"),
+    ("/publish?topic=t&source=s", b"\xff", ("Content-Type: text/plain",), "not-json"),
+    ("/publish?topic=t&source=s", b"a", ("Content-Type: text/plain", "Idempotency-Key: " + "k" * 300), "invalid-event"),
+    ("/publish?topic=t", lines(TWO), (), "bad-parameter"), ("/publish?wait=maybe", lines(TWO), (), "bad-parameter"),
+    ("/publish?verdict=1", lines(TWO), (), "bad-parameter"), ("/publish", b"", (), "not-json"),
+    ("/publish", b"null", (), "invalid-event"), ("/publish", b"[]", (), "invalid-event"),
+    ("/publish", b"[" * 100_000, (), "invalid-event"), ("/publish", lines(TWO)[:-1], (), "not-json"),
+    ("/publish", lines(TWO) + b"{}", (), "invalid-event"), ("/publish", b'{"topic":"\\ud800"}', (), "invalid-event")])
+def test_a_refused_publish_stores_nothing(desk, target, body, headers, problem):
+    assert desk.ask("POST", target, body, headers).json["type"] == "/docs#" + problem
+    assert desk.listed() == [] and desk.ask("GET", "/stats").json["received"] == 0
+
+
+def test_every_fault_of_a_batch_is_listed_with_its_index_and_field(desk):
+    answer = desk.ask("POST", "/publish", [sample(), sample("", payload=[]), 5, {"topic": "t"}])
+    assert answer.status == 422
+    assert {(each["index"], each["field"]) for each in answer.json["errors"]} == {
+        (1, "event_id"), (1, "payload"), (2, ""), (3, "event_id"), (3, "timestamp"), (3, "source"), (3, "payload")}
+
+
+def test_wait_0_answers_before_the_commit_and_says_so(desk):
+    answer = desk.ask("POST", "/publish?wait=0", TWO)
+    assert (answer.status, answer.json) == (202, {"status": "accepted", "accepted": 2, "stored": False})
+    assert desk.publish(sample("3"))["unique"] == 1  # behind it in the same queue
+    assert desk.listed() == ["1", "2", "3"]
+
+
+def test_verdicts_come_in_order_with_the_seq_of_the_original(desk):
+    desk.publish(sample("a"), sample("b"))
+    batch = [sample("c"), sample("b"), sample("a", payload={"n": 2}), sample("c"), sample("d", sequence=3)]
+    answer = desk.ask("POST", "/publish?verdicts=1", batch).json
+    assert (answer["unique"], answer["duplicates"], answer["conflicts"]) == (2, 3, 1)
+    assert [(each["event_id"], each["verdict"], each["seq"]) for each in answer["events"]] == [
+        ("c", "new", 3), ("b", "duplicate", 2), ("a", "conflict", 1), ("c", "duplicate", 3), ("d", "new", 4)]
+
+
+def test_explain_says_where_a_key_was_found(desk, monkeypatch):
+    def found(event_id):
+        return [each["explanation"]["found"] for each in desk.ask("POST", "/publish?explain=1", [
+            sample(event_id), sample(event_id, source="other")]).json["events"]]
+    assert found("a") == ["nowhere", "batch"]
+    desk.now += 2_500_000
+    last = desk.ask("POST", "/publish?explain=1", sample("a", payload={})).json
+    assert last["events"][0]["verdict"] == "conflict" and last["group"]["events"] == 1
+    assert last["events"][0]["explanation"]["seconds_since_first_seen"] == 2.5
+    assert last["events"][0]["explanation"]["key"] == aggregator.identity("t", "a").hex()
+    assert found("a") == ["recent", "recent"]
+    monkeypatch.setattr(aggregator, "RECENT_IDS", 1)
+    for n in range(300):  # each commit merges a slice of the 256 or more
+        desk.publish(sample(f"filler-{n}"))
+    assert found("a") == ["seen", "seen"]
+
+
+def test_put_answers_201_then_200_and_409_for_other_content(desk):
+    assert desk.ask("PUT", "/events/logs/web/error/42", {"a": 1}).status == 201
+    again = desk.ask("PUT", "/events/logs/web/error/42", b' {"a" : 1}\n')
+    assert (again.status, again.json["verdict"], again.json["seq"]) == (200, "duplicate", 1)
+    conflict = desk.ask("PUT", "/events/logs/web/error/42", {"a": "secret"})
+    assert conflict.status == 409 and b"secret" not in conflict.body and b'"a"' not in conflict.body
+    event = desk.ask("GET", "/events/logs/web/error/42").json
+    assert (event["topic"], event["event_id"], event["source"]) == ("logs/web/error", "42", "192.0.2.7")
+    assert (event["payload"], event["timestamp"]) == ({"a": 1}, "2026-01-01T00:00:00.000000Z")
+
+
+@pytest.mark.parametrize("body, payload", [
+    (b'{"x":[1,null]}', {"x": [1, None]}), (b"door open", {"message": "door open"}), (b"", {"message": ""}),
+    (b"[1]", {"message": "[1]"}), (b"{}{}", {"message": "{}{}"}),
+    ("\u00e9\U0001f600".encode(), {"message": "\u00e9\U0001f600"}), (b"{} x", {"message": "{} x"}),
+    (b"a\x00b", {"message": "a\0b"}), (b"NaN", {"message": "NaN"})])
+def test_put_takes_an_object_as_payload_and_any_other_text_as_message(desk, body, payload):
+    assert desk.ask("PUT", "/events/t/1", body).status == 201
+    assert desk.ask("GET", "/events/t/1").json["payload"] == payload
+    assert desk.ask("GET", "/events").json["events"][0]["payload"] == payload
+
+
+@pytest.mark.parametrize("target, topic, event_id, timestamp, source", [
+    ("/events/t/a%2Fb?source=nas", "t", "a/b", "2026-01-01T00:00:00.000000Z", "nas"),
+    ("/events/a%20b/c+d?timestamp=2026-01-01T10:00:00+02:00", "a b", "c+d", "2026-01-01T08:00:00.000000Z", "192.0.2.7"),
+    ("/events/t/1?timestamp=2026-01-01T10:00:00.5%2B02:00", "t", "1", "2026-01-01T08:00:00.500000Z", "192.0.2.7"),
+    ("/events/t/1?timestamp=2026-01-01+10:00-0230", "t", "1", "2026-01-01T12:30:00.000000Z", "192.0.2.7"),
+    ("/events/caf%C3%A9/%F0%9F%98%80", "caf\u00e9", "\U0001f600", "2026-01-01T00:00:00.000000Z", "192.0.2.7")])
+def test_put_reads_identity_timestamp_and_source_from_the_target(desk, target, topic, event_id, timestamp, source):
+    assert desk.ask("PUT", target, b"{}").status == 201
+    event = desk.ask("GET", target.partition("?")[0]).json
+    assert event == {**event, "topic": topic, "event_id": event_id, "timestamp": timestamp, "source": source}
+
+
+@pytest.mark.parametrize("target, body", [
+    ("/events//1", b"{}"), ("/events/t/", b"{}"), ("/events/t/%00", b"{}"), ("/events/t/" + "x" * 256, b"{}"),
+    ("/events/t/1?timestamp=now", b"{}"), ("/events/t/1?source=", b"{}"), ("/events/t/1", b'{"a":NaN}'),
+    ("/events/t/1", b'{"a":1e999}'), ("/events/t/1", b'{"a":"\\udc00"}'),
+    ("/events/t/1", b'{"a":' * 200 + b"1" + b"}" * 200)])
+def test_put_refuses_what_could_not_be_read_back(desk, target, body):
+    assert desk.ask("PUT", target, body).status == 422
+    assert desk.listed() == []
+
+
+@pytest.fixture
+def filled(desk):
+    spellings = ["2026-01-01T02:00:00+02:00", "2025-12-31T23:59:59.999999-00:00", "2026-01-01 00:00:00.5",
+                 "1969-12-31T23:00Z", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z", "2026-01-01T05:30:01+0530",
+                 "1970-01-01"]
+    desk.publish(*[sample(str(n), timestamp=text, topic="logs/" + "ab"[n % 2], source="s" + str(n % 3))
+                   for n, text in enumerate(spellings)])
+    return desk
+
+
+@pytest.mark.parametrize("query, ids", [
+    ("", "43710265"), ("?order=desc", "56201734"), ("?order=asc&limit=3", "437"), ("?topic=logs/a", "4026"),
+    ("?topic=logs/*", "43710265"), ("?topic=*", "43710265"), ("?topic=log*&source=s0", "306"), ("?topic=logs/", ""),
+    ("?source=s2", "25"), ("?source=s2&order=desc", "52"), ("?topic=LOGS/*", ""), ("?topic=logs/_", ""),
+    ("?since=2026-01-01T01:00:00+01:00", "0265"),
+    ("?since=2026-01-01T01:00:00%2B01:00&until=2026-01-01T00:00:01Z", "02"), ("?until=1970-01-01", "43"),
+    ("?until=0001-01-01", ""), ("?since=10m", "10265"), ("?since=500ms&until=0s", "1"), ("?since=7d&until=0s", "1"),
+    ("?since=2026-01-01&until=2025-01-01", ""), ("?topic=logs/b&since=1970-01-01&order=desc", "517")])
+def test_events_are_listed_by_instant_and_filtered(filled, query, ids):
+    assert "".join(filled.listed(query)) == ids
+
+
+def test_instants_are_given_back_in_utc_with_microseconds(filled):
+    assert [each["timestamp"] for each in filled.ask("GET", "/events").json["events"]] == [
+        "0001-01-01T00:00:00.000000Z", "1969-12-31T23:00:00.000000Z", "1970-01-01T00:00:00.000000Z",
+        "2025-12-31T23:59:59.999999Z", "2026-01-01T00:00:00.000000Z", "2026-01-01T00:00:00.500000Z",
+        "2026-01-01T00:00:01.000000Z", "9999-12-31T23:59:59.999999Z"]
+
+
+@pytest.mark.parametrize("query", [
+    "limit=-1", "limit=0", "limit=1001", "limit=%D9%A3", "limit=" + "9" * 5000, "limit=+5", "limit=1_0", "limit=",
+    "order=up", "since=yesterday", "since=10", "until=1e3s", "since=" + "9" * 5000 + "d", "since=2026-W01-1", "cursor=",
+    "cursor=zzz", "cursor=a1", "cursor=d1.2", "order=desc&cursor=a1.2", "cursor=a%D9%A3.1",
+    "cursor=a" + "9" * 5000 + ".1", "topics=t", "follow=2"])
+def test_a_list_refuses_a_parameter_that_it_does_not_understand(filled, query):
+    assert filled.ask("GET", "/events?" + query).json["type"] == "/docs#bad-parameter"
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+@pytest.mark.parametrize("more", ["", "&source=s", "&topic=*&source=s"])
+def test_a_walk_by_cursor_equals_the_whole_list_and_survives_inserts(desk, order, more):
+    stamps = [f"2026-01-01T00:00:{n // 3:02d}Z" for n in range(40)]  # equal instants: seq decides
+    random.Random(1).shuffle(stamps)
+    desk.publish(*[sample(str(n), timestamp=stamp) for n, stamp in enumerate(stamps)])
+    whole, walked, cursor, page = desk.listed("?order=" + order), [], "", 0
+    assert len(set(whole)) == 40
+    while True:
+        answer = desk.ask("GET", f"/events?limit=7&order={order}{more}{cursor}").json
+        walked += [each["event_id"] for each in answer["events"]]
+        if answer["next"] is None:
+            break
+        cursor = "&cursor=" + quote(answer["next"])
+        for n, stamp in enumerate(("1969-01-01", "2026-01-01T00:00:06.5Z", "2027-01-01")):
+            desk.publish(sample(f"late-{page}-{n}", timestamp=stamp))
+        page += 1
+    assert [each for each in walked if not each.startswith("late")] == whole
+    assert len(set(walked)) == len(walked) and any(each.startswith("late") for each in walked)
+
+
+def test_ndjson_streams_all_pages_and_keeps_a_limit(desk, monkeypatch):
+    for name in ("PAGE_MAX", "PAGE_DEFAULT"):
+        monkeypatch.setattr(aggregator, name, 10)
+    desk.publish(*[sample(str(n), payload={"text": "\u00e9\U0001f600\n\0"}) for n in range(25)])
+    for query, count, pieces in (("", 25, 3), ("?limit=7", 7, 1), ("?topic=x", 0, 0), ("?source=s&order=desc", 25, 3)):
+        answer = desk.ask("GET", "/events" + query, b"", ("Accept: text/html, application/x-ndjson;q=0.9",))
+        rows = [json.loads(line) for line in answer.body.decode("utf-8").splitlines() if line]
+        assert (len(rows), answer.pieces) == (count, pieces) and answer.body.count(b"\n") == count
+        assert all(row["payload"] == {"text": "\u00e9\U0001f600\n\0"} for row in rows)
+
+
+@pytest.mark.parametrize("topic", [
+    "it's", 'say "hi"', "a'; DROP TABLE processed_events; --", "100%", "a_b", "%", "_", "\\", "a\\u0000b",
+    "\u00e9/\U0001f600", "a b+c&d=e?f#g/../h", "{}", "a\u2028b", "e\u0301", "*x", "/a//b/"])
+def test_a_strange_topic_is_stored_listed_and_read_like_any_other(desk, topic):
+    strange = sample("i'\"%_\u00e9\U0001f600", topic=topic, source=topic, payload={topic: "\0\u0001\x7f\ud83d\ude00\\"})
+    desk.publish(strange, *[sample("decoy", topic=decoy) for decoy in ("axb", "100x", topic + "x")])
+    for query in ("?topic={0}", "?source={0}", "?topic={0}*&source={0}"):
+        assert desk.listed(query.format(quote(topic, safe=""))) == [strange["event_id"]]
+    assert desk.listed("?topic={}*".format(quote(topic, safe=""))) == [strange["event_id"], "decoy"]
+    event = desk.ask("GET", "/events/{}/{}".format(quote(topic), quote(strange["event_id"], safe=""))).json
+    assert event["topic"] == event["source"] == topic
+    assert event["payload"] == {topic: "\0\u0001\x7f\U0001f600\\"}
+    assert desk.ask("GET", "/stats").json["topics"][topic]["unique"] == 1
+
+
+def test_one_event_is_200_then_410_after_retention_and_404_if_never_seen(make_desk):
+    desk = make_desk(max_per_topic=2)
+    desk.publish(sample("1", sequence=7, payload={"k": [1.5, None, True]}))
+    event = desk.ask("GET", "/events/t/1").json
+    assert event == {"seq": 1, "topic": "t", "event_id": "1", "timestamp": "2026-01-01T00:00:00.000000Z", "source": "s",
+                     "payload": {"k": [1.5, None, True]}, "sequence": 7, "processed_at": "2026-01-01T00:00:00.000000Z"}
+    desk.publish(*[sample(str(n)) for n in range(2, 9)])
+    desk.publish(sample("9"))
+    assert desk.ask("GET", "/events/t/1").status == 410
+    assert desk.ask("GET", "/events/t/never").status == 404 and desk.ask("GET", "/events/other/1").status == 404
+    desk.now += 10 ** 12
+    assert desk.publish(sample("1", sequence=7, payload={"k": [1.5, None, True]}))["duplicates"] == 1
+    stats = desk.ask("GET", "/stats").json
+    assert stats["stored"] + stats["removed_by_retention"] == stats["unique_processed"] == 9
+    assert desk.listed() == ["8", "9"]
+
+
+def test_stats_have_the_books_the_windows_and_the_limits(desk):
+    for n, delay_s in enumerate((0, 120, 200, 400, 700)):
+        desk.publish(sample(str(n), source=f"s{n % 2}"))
+        desk.now += delay_s * 1_000_000
+        desk.publish(sample(str(n), source=f"s{n % 2}"), sample("x", topic="other", payload={"v": 1 + n // 4}))
+    stats = desk.ask("GET", "/stats").json
+    assert (stats["received"], stats["unique_processed"], stats["duplicate_dropped"]) == (15, 6, 9)
+    assert stats["conflicts"] == 1 and stats["limits"] == {"shown": 1}
+    assert stats["topics"] == {"t": {"unique": 5, "duplicates": 5, "stored": 5},
+                               "other": {"unique": 1, "duplicates": 4, "stored": 1}}
+    assert stats["sources"]["s0"] == {"unique": 3, "duplicates": 3}
+    assert stats["uptime_seconds"] == 1420.0 and stats["version"] == aggregator.__version__
+    assert stats["store_bytes"] > 4096 and sum(stats["duplicate_delay_seconds"].values()) == 9
+    assert [(each["window_seconds"], each["would_have_stored_twice"]) for each in stats["windows"]] == [
+        (120, 6), (300, 5), (600, 3)]  # of "x": 120, 320, 720 and 1,420 s; of the others: 0, 120, 200, 400 and 700 s
+
+
+def test_the_last_duplicates_are_listed_latest_first(desk):
+    desk.publish(sample("a"), sample("b"))
+    desk.now += 1_500_000
+    desk.publish(sample("a"), sample("b", payload={}))
+    found = desk.ask("GET", "/duplicates").json
+    assert [(each["event_id"], each["verdict"], each["seq"]) for each in found["duplicates"]] == [
+        ("b", "conflict", 2), ("a", "duplicate", 1)]
+    assert {each["delay_seconds"] for each in found["duplicates"]} == {1.5}
+    assert desk.ask("GET", "/duplicates?limit=1").json["count"] == 1
+    assert desk.ask("GET", "/duplicates?limit=0").status == 400
+
+
+def test_a_locked_store_is_503_until_it_is_free_again(make_desk, monkeypatch):
+    connect = aggregator._connect
+    monkeypatch.setattr(aggregator, "_connect", lambda path, **options: connect(path, **dict(options, timeout=0.05)))
+    desk = make_desk()
+    assert (desk.ask("GET", "/health").status, desk.ask("GET", "/health").json) == (200, {"status": "ok"})
+    other = sqlite3.connect(desk.path, isolation_level=None)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        for request in (("POST", "/publish", sample()), ("PUT", "/events/t/1", {}), ("GET", "/health")):
+            assert desk.ask(*request).json["type"] == "/docs#store-unavailable"
+        assert desk.ask("POST", "/publish?wait=0", sample()).status == 202
+        while desk.ask("GET", "/stats").json["current_queue_size"]:
+            time.sleep(0.01)
+        assert desk.listed() == []  # readers do not wait for the writer
+    finally:
+        other.close()
+    assert desk.publish(sample("2"))["unique"] == 1
+    assert desk.ask("GET", "/health").status == 200
+    assert desk.ask("GET", "/stats").json["received"] == 1  # what was refused is not on the books
+
+
+def test_a_batch_larger_than_the_queue_is_413_and_a_full_queue_503(make_desk):
+    desk = make_desk(max_events=5)
+    batches = [[sample(f"{batch}-{n}") for n in range(3)] for batch in range(3)]
+    too_large = desk.ask("POST", "/publish", batches[0] + batches[1])
+    assert (too_large.status, too_large.json["type"]) == (413, "/docs#batch-too-large")
+    answers = desk.ask_at_once(*[("POST", "/publish", batch) for batch in batches])
+    assert [each.status for each in answers] == [202, 503, 503]
+    assert answers[1].json["type"] == "/docs#queue-full" and int(answers[1].headers["Retry-After"]) >= 1
+    assert desk.ask("GET", "/stats").json["received"] == 3 and desk.listed() == ["0-0", "0-1", "0-2"]
+    assert desk.publish(*batches[1])["unique"] == 3
+
+
+@pytest.mark.parametrize("method, target, allow", [
+    ("DELETE", "/publish", "OPTIONS, POST"), ("GET", "/publish", "OPTIONS, POST"),
+    ("POST", "/events", "GET, HEAD, OPTIONS"), ("PATCH", "/events/t/1", "GET, HEAD, OPTIONS, PUT"),
+    ("PUT", "/stats", "GET, HEAD, OPTIONS"), ("TRACE", "/", "GET, HEAD, OPTIONS"),
+    ("HEAD", "/publish", "OPTIONS, POST")])
+def test_a_wrong_method_is_405_with_what_is_allowed(desk, method, target, allow):
+    answer = desk.ask(method, target)
+    assert (answer.status, answer.headers["Allow"]) == (405, allow)
+    options = desk.ask("OPTIONS", target)
+    assert (options.status, options.headers["Allow"], options.body) == (204, allow, b"")
+
+
+def test_options_of_the_whole_server_lists_every_method(desk):
+    assert desk.ask("OPTIONS", "*").headers["Allow"] == "GET, HEAD, OPTIONS, POST, PUT"
+    assert desk.ask("OPTIONS", "/nowhere").status == 404
+
+
+@pytest.mark.parametrize("target", [
+    "/event", "/Publish", "/publish/", "/events/", "/events/t", "//", "/stats/x", "/*", "/publish%00"])
+def test_a_misspelt_route_is_404(desk, target):
+    assert desk.ask("GET", target).json["type"] == "/docs#not-found"
+
+
+@pytest.mark.parametrize("route", aggregator.ROUTES, ids=lambda route: route.method + route.path)
+def test_every_route_refuses_a_parameter_it_does_not_have(desk, route):
+    target = route.path.replace("{", "").replace("}", "")
+    answer = desk.ask(route.method, target + "?n%C3%B6=1", {})
+    assert answer.json["type"] == "/docs#bad-parameter" and "\\u00f6" in answer.json["detail"]
+    if route.method == "GET":
+        assert desk.ask("HEAD", target).status == desk.ask("GET", target).status != 405
+
+
+def test_every_problem_has_a_status_with_a_reason():
+    for status, title in aggregator.PROBLEMS.values():
+        assert 400 <= status < 600 and aggregator.REASONS[status] and title
+
+
+# ======================================================================================================================
+# §7 Server: real sockets, and clients that know nothing of ours
+# ======================================================================================================================
+
+class Site:
+    """aggregator.Server on a free port, in a thread with a loop of its own."""
+
+    def __init__(self, path, **options):
+        self._path, self._options, self._ready = path, options, threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _run(self):
+        def clock():
+            return time.time_ns() // 1000
+        pipeline = aggregator.Pipeline(lambda: aggregator.Store(self._path), clock)
+        self.server = aggregator.Server(aggregator.API(pipeline, clock, lambda: "id", {}), time.time, **self._options)
+        self.port = int((await self.server.bind("127.0.0.1", 0))[0].rpartition(":")[2])
+        await pipeline.start()
+        await self.server.listen()
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._end.wait()
+        await self.server.stop(0.5)
+        await pipeline.stop(5)
+
+    def close(self):
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def open_site(tmp_path, monkeypatch):
+    sites = []
+
+    def open_one(limits=(), **options):
+        for name, value in dict(limits, SWEEP_INTERVAL_S=0.05).items():
+            monkeypatch.setattr(aggregator, name, value)
+        sites.append(Site(str(tmp_path / "site.db"), **options))
+        return sites[-1]
+    yield open_one
+    for each in sites:
+        each.close()
+
+
+@pytest.fixture
+def site(open_site):
+    return open_site({"LINGER_TIMEOUT_S": 0.5})
+
+
+def fetch(port, method, target, body=None, headers=None):
+    """One request by http.client."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body)
+        connection.request(method, target, body, headers or {})
+        response = connection.getresponse()
+        return Answer(response.status, dict(response.getheaders()), response.read())
+    finally:
+        connection.close()
+
+
+def dial(port, data=b"", receive_bytes=0):
+    sock = socket.socket()
+    if receive_bytes:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    sock.settimeout(10)
+    sock.connect(("127.0.0.1", port))
+    sock.sendall(data)
+    return sock
+
+
+def read_all(sock):
+    """Everything up to the end of the stream."""
+    data = b""
+    while True:
+        piece = sock.recv(65536)
+        if not piece:
+            return data
+        data += piece
+
+
+def exchange(port, data, half_close=False):
+    with contextlib.closing(dial(port, data)) as sock:
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return answers(read_all(sock))
+
+
+def answers(raw):
+    """Raw bytes to answers; each must have its Date, its Server and exact framing."""
+    found = []
+    while raw:
+        head, blank, raw = raw.partition(b"\r\n\r\n")
+        status_line, *fields = head.decode("ascii").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
+        status, body, pieces = int(re.match(r"HTTP/1\.1 ([0-9]{3}) [A-Z]", status_line)[1]), b"", 1
+        assert blank and len(headers) == len(fields)
+        if status >= 200:
+            assert re.fullmatch("[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} 20[0-9]{2} [0-9:]{8} GMT", headers["date"])
+            assert headers["server"] == "aggregator/" + aggregator.__version__
+        if headers.get("transfer-encoding") == "chunked":
+            assert "content-length" not in headers
+            while True:
+                size, _, raw = raw.partition(b"\r\n")
+                size = int(size, 16)
+                assert raw[size:size + 2] == b"\r\n"
+                body, raw, pieces = body + raw[:size], raw[size + 2:], pieces + 1
+                if size == 0:
+                    break
+        elif status not in (100, 204):
+            size = int(headers["content-length"])
+            assert len(raw) >= size
+            body, raw = raw[:size], raw[size:]
+        found.append(Answer(status, headers, body, pieces))
+    return found
+
+
+def http_request(method, target, body=b"", *fields):
+    head = [f"{method} {target} HTTP/1.1", "Host: x"] + list(fields)
+    if body and not any(field.lower().startswith(("content-length", "transfer-encoding")) for field in fields):
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(head + ["", ""]).encode() + body
+
+
+HEALTH = http_request("GET", "/health")
+LAST = http_request("GET", "/health", b"", "Connection: foo, CLOSE")
+SMUGGLED = http_request("PUT", "/events/smuggled/1", b"{}")
+
+
+def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(site):
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    connection.request("PUT", "/events/t/1", b"{}")
+    first = connection.getresponse()
+    first.read()
+    sock = connection.sock
+    connection.request("GET", "/events/t/1")
+    assert connection.getresponse().status == 200 and connection.sock is sock
+    connection.close()
+    data = b"".join(http_request("PUT", f"/events/p/{n % 40}", b"{}") for n in range(80)) + LAST
+    found = exchange(site.port, data)
+    assert [each.status for each in found] == [201] * 40 + [200] * 41
+    assert [each.json["seq"] for each in found[:80]] == [2 + n % 40 for n in range(80)]
+    assert "close" in found[-1].headers["connection"] and "connection" not in found[0].headers
+
+
+@pytest.mark.parametrize("data, status", [
+    (b"GET /\r\n\r\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: x\r\nA : b\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\nHost: x\n\n", 400), (http_request("GET", "/?a=%zz"), 400),
+    (http_request("GET", "/events?limit=1&limit=2"), 400),
+    (http_request("POST", "/publish", b"0\r\n\r\n", "Content-Length: 5", "Transfer-Encoding: chunked"), 400),
+    (http_request("POST", "/publish", b"5;\r\nabcdeX\r\n", "Transfer-Encoding: chunked"), 400),
+    (http_request("POST", "/publish", b"", "Content-Length: 0", "Content-Length: 0"), 400),
+    (http_request("POST", "/publish", b"", "Content-Length: +5"), 400), (http_request("BREW", "/"), 501),
+    (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+    (http_request("POST", "/publish", b"", "Content-Length: 999999999"), 413),
+    (http_request("GET", "/" + "x" * 9000), 414), (http_request("GET", "/", b"", *["A: b"] * 101), 431),
+    (http_request("GET", "/", b"", "A: " + "b" * 40000), 431),
+    (http_request("POST", "/publish", b"", "Expect: tea"), 417),
+    (http_request("POST", "/publish", b"no gzip", "Content-Encoding: gzip"), 400),
+    (http_request("POST", "/publish", b"x", "Content-Encoding: br"), 415), (LAST, 200),
+    (http_request("GET", "/health", b"", "Connection: x", "Connection: close"), 200)])
+def test_nothing_behind_a_refusal_or_a_close_is_executed(site, data, status):
+    found = exchange(site.port, data + SMUGGLED)
+    assert [each.status for each in found] == [status] and found[0].headers["connection"] == "close"
+    if status >= 400:
+        assert_problem(found[0], found[0].headers["content-type"])
+    assert fetch(site.port, "GET", "/events/smuggled/1").status == 404
+
+
+@pytest.mark.parametrize("method, target, status", [
+    ("GET", "/nowhere", 404), ("DELETE", "/publish", 405), ("HEAD", "/health", 200), ("POST", "/publish", 422),
+    ("OPTIONS", "*", 204)])
+def test_a_body_that_nobody_wants_is_read_and_not_taken_for_a_request(site, method, target, status):
+    body = SMUGGLED if target != "/publish" else b"{}"
+    data = http_request(method, target, body) + LAST
+    with contextlib.closing(dial(site.port, data)) as sock:
+        raw = read_all(sock)
+    assert re.findall(rb"HTTP/1\.1 ([0-9]+)", raw) == [b"%d" % status, b"200"]
+    assert fetch(site.port, "GET", "/events/smuggled/1").status == 404
+
+
+def test_100_continue_comes_before_the_body_and_only_where_it_helps(open_site):
+    site, body = open_site({"LINGER_TIMEOUT_S": 0.3}, max_body_bytes=1000), json.dumps(sample()).encode()
+    expect = ("EXPECT: 100-Continue", "Connection: close")
+    fitting, too_large = [http_request("POST", "/publish", b"", f"Content-Length: {n}", *expect)
+                          for n in (len(body), 1001)]
+    with contextlib.closing(dial(site.port, fitting)) as sock:
+        assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert [each.status for each in answers(read_all(sock))] == [202]
+    assert [each.status for each in exchange(site.port, too_large)] == [413]
+    old = http_request("POST", "/publish", body, *expect).replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert [each.status for each in exchange(site.port, old)] == [202]
+    assert [each.status for each in exchange(site.port, http_request("GET", "/health", b"", *expect))] == [200]
+
+
+def test_head_has_the_head_of_get_and_no_body(site):
+    fetch(site.port, "PUT", "/events/t/1", b"{}")
+    for target, accept in (("/health", "*/*"), ("/events/t/1", "*/*"), ("/events", "*/*"), ("/nowhere", "*/*"),
+                           ("/events", "application/x-ndjson")):
+        heads = []
+        for method in ("GET", "HEAD"):
+            ask = http_request(method, target, b"", "Accept: " + accept, "Connection: close")
+            with contextlib.closing(dial(site.port, ask)) as sock:
+                head, _, body = read_all(sock).partition(b"\r\n\r\n")
+            heads.append(re.sub(rb"\r\nDate: [^\r]+", b"", head))
+            assert (body == b"") == (method == "HEAD")
+        assert heads[0] == heads[1]
+
+
+def test_http_1_0_is_closed_after_one_answer_unless_it_asks_to_be_kept(site):
+    old = HEALTH.replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert [each.status for each in exchange(site.port, old + SMUGGLED)] == [200]
+    kept = exchange(site.port, old.replace(b"\r\n\r\n", b"\r\nConnection: Keep-Alive\r\n\r\n") + old)
+    assert [each.status for each in kept] == [200, 200]
+    assert kept[0].headers.get("connection", "").lower() == "keep-alive"  # or an old client waits for the end
+    stream = http_request("GET", "/events", b"", "Accept: application/x-ndjson").replace(b"HTTP/1.1", b"HTTP/1.0")
+    fetch(site.port, "PUT", "/events/t/1", b"{}")
+    with contextlib.closing(dial(site.port, stream)) as sock:
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert b"chunked" not in head and b"Connection: close" in head and json.loads(body)["event_id"] == "1"
+
+
+def test_a_half_closed_client_gets_its_answers(site):
+    publish = http_request("POST", "/publish", json.dumps(sample()).encode())
+    assert [each.status for each in exchange(site.port, publish + HEALTH, half_close=True)] == [202, 200]
+    assert [each.status for each in exchange(site.port, publish[:-5], half_close=True)] == [400]
+    assert exchange(site.port, b"", half_close=True) == []
+
+
+@pytest.mark.parametrize("start, trickle, status", [
+    (b"GET / HT", b"", [408]), (b"GET / HTTP/1.1\r\n", b"A: b\r\n", [408]), (b"", b"", []), (b"\r\n", b"", []),
+    (http_request("POST", "/publish", b"", "Content-Length: 9") + b"{", b"", [408]), (HEALTH, b"", [200]),
+    (http_request("POST", "/publish", b"", "Content-Length: 999999"), b"{", [408]), (HEALTH + b"G", b"E", [200, 408]),
+    (http_request("POST", "/publish", b"", "Transfer-Encoding: chunked"), b"1\r\n \r\n", [408])])
+def test_a_slow_client_meets_a_deadline_that_it_cannot_renew(open_site, start, trickle, status):
+    site = open_site({"HEAD_TIMEOUT_S": 0.5, "BODY_STALL_TIMEOUT_S": 0.5, "BODY_GRACE_S": 0.7, "IDLE_TIMEOUT_S": 0.5,
+                      "LINGER_TIMEOUT_S": 0.3})
+    began, data = time.monotonic(), b""
+    with contextlib.closing(dial(site.port, start)) as sock:
+        sock.settimeout(0.1)
+        while time.monotonic() - began < 5:
+            with contextlib.suppress(socket.timeout):
+                piece = sock.recv(65536)
+                if not piece:
+                    break
+                data += piece
+                continue
+            with contextlib.suppress(OSError):
+                sock.sendall(trickle)
+    assert [each.status for each in answers(data)] == status
+    assert 0.4 < time.monotonic() - began < 3
+
+
+def test_a_client_that_does_not_read_is_dropped_and_others_are_served_meanwhile(open_site):
+    site = open_site({"WRITE_TIMEOUT_S": 0.7, "LINGER_TIMEOUT_S": 0.3})
+    for n in range(6):
+        fetch(site.port, "POST", "/publish", [sample(f"{n}-{i}", payload={"x": "y" * 250_000}) for i in range(8)])
+    asks = [http_request("GET", "/events", b"", field) for field in ("Accept: */*", "Accept: application/x-ndjson")]
+    socks = [dial(site.port, ask * 3, receive_bytes=4096) for ask in asks]
+    try:
+        began = time.monotonic()
+        while time.monotonic() - began < 2:
+            asked = time.monotonic()
+            assert fetch(site.port, "GET", "/health").status == 200 and time.monotonic() - asked < 1
+            time.sleep(0.05)
+        for sock in socks:
+            with contextlib.suppress(ConnectionError):
+                assert len(read_all(sock)) < 8_000_000
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_a_small_answer_that_is_not_read_does_not_hold_its_connection_for_ever(open_site):
+    site = open_site({"WRITE_TIMEOUT_S": 0.3, "IDLE_TIMEOUT_S": 0.3, "LINGER_TIMEOUT_S": 0.2})
+    fetch(site.port, "PUT", "/events/t/1", {"x": "y" * 60_000})
+    site.server._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted sockets inherit it
+    with contextlib.closing(dial(site.port, http_request("GET", "/events/t/1"), receive_bytes=2048)) as sock:
+        time.sleep(1.5)
+        with contextlib.suppress(ConnectionError):
+            assert len(read_all(sock)) < 60_000
+
+
+def test_one_connection_too_many_is_503_and_a_free_place_is_taken_again(open_site):
+    site = open_site({"LINGER_TIMEOUT_S": 0.3}, max_connections=3)
+    held = [dial(site.port, HEALTH) for _ in range(3)]
+    try:
+        assert all(sock.recv(5) == b"HTTP/" for sock in held)
+        refused = exchange(site.port, HEALTH)
+        assert refused[0].status == 503 and refused[0].json["type"] == "/docs#too-many-connections"
+        assert int(refused[0].headers["retry-after"]) >= 1
+        held.pop().close()
+        deadline = time.monotonic() + 5
+        while len(site.server._connections) > 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert fetch(site.port, "GET", "/health").status == 200
+    finally:
+        for sock in held:
+            sock.close()
+
+
+def test_a_refused_connection_is_closed_even_if_its_client_stays(open_site):
+    site = open_site({"LINGER_TIMEOUT_S": 0.2}, max_connections=1)
+    with contextlib.closing(dial(site.port, HEALTH)) as held:
+        assert held.recv(5) == b"HTTP/"
+        with contextlib.closing(dial(site.port)) as refused:
+            assert answers(read_all(refused))[0].status == 503
+            with pytest.raises(ConnectionError):
+                for _ in range(60):
+                    time.sleep(0.02)
+                    refused.sendall(b"x")
+
+
+@pytest.mark.parametrize("fields", [("Content-Length: 8000000",), ("Transfer-Encoding: chunked",)])
+def test_an_upload_that_is_refused_while_it_is_sent_gets_its_answer(open_site, fields):
+    site = open_site(max_body_bytes=1000)
+    chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    with contextlib.closing(dial(site.port, http_request("POST", "/publish", b"", *fields))) as sock:
+        for _ in range(64):
+            sock.sendall(chunk)
+            time.sleep(0.001)
+        sock.shutdown(socket.SHUT_WR)
+        assert [each.status for each in answers(read_all(sock))] == [413]
+
+
+def test_a_reset_in_any_phase_leaves_the_server_healthy(site, caplog):
+    fetch(site.port, "POST", "/publish", [sample(str(n), payload={"x": "y" * 100_000}) for n in range(30)])
+    stream = http_request("GET", "/events", b"", "Accept: application/x-ndjson")
+    for data in (b"", b"GET", http_request("POST", "/publish", b"", "Content-Length: 9") + b"{", HEALTH, stream,
+                 stream * 5, http_request("POST", "/publish", lines([sample("reset")])), b"?\r\n\r\n", HEALTH * 200):
+        for delay_s in (0, 0.02):
+            sock = dial(site.port, data)
+            time.sleep(delay_s)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+    deadline = time.monotonic() + 5
+    while site.server._connections and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not site.server._connections and fetch(site.port, "GET", "/health").status == 200
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
+
+
+def test_a_long_list_is_streamed_in_chunks(site, monkeypatch):
+    monkeypatch.setattr(aggregator, "PAGE_MAX", 100)
+    fetch(site.port, "POST", "/publish", [sample(str(n), payload={"text": "\u00e9\0"}) for n in range(350)])
+    found = exchange(site.port, http_request("GET", "/events", b"", "Accept: application/x-ndjson") + LAST)
+    assert found[0].headers["content-type"] == "application/x-ndjson" and found[0].pieces > 3 and found[1].status == 200
+    assert [json.loads(line)["event_id"] for line in found[0].body.splitlines()] == [str(n) for n in range(350)]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl_publishes_puts_and_lists(site, tmp_path):
+    url, upload = f"http://127.0.0.1:{site.port}", tmp_path / "events"
+    upload.write_bytes(lines([sample(str(n), payload={"x": "y" * 1000}) for n in range(1500)]))  # for 100-continue
+
+    def curl(*arguments):
+        return subprocess.run(["curl", "-sSm10"] + list(arguments), check=True, stdout=subprocess.PIPE).stdout
+    for unique, flag in ((1500, "-d"), (0, "--data-binary")):
+        began = time.monotonic()
+        assert json.loads(curl(url + "/publish", flag, "@" + str(upload)))["unique"] == unique
+        assert time.monotonic() - began < 0.9  # curl waits a second for a 100 that does not come
+    code = ["-o", os.devnull, "-w", "%{http_code}", "-T", str(upload)]
+    assert [curl(url + "/events/put/1", *code) for _ in range(2)] == [b"201", b"200"]
+    assert len(curl("-H", "Accept: application/x-ndjson", url + "/events?topic=t").splitlines()) == 1500
+
+
+# ======================================================================================================================
+# The whole program, as a process
+# ======================================================================================================================
+
+class Program:
+    """`aggregator.py` on a free port. Its log goes to a file beside the store."""
+
+    def __init__(self, db, *flags, command=None, env=None):
+        self.db, self.log = str(db), str(db) + ".log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                (command or [sys.executable, PROGRAM]) + ["--port", "0", "--db", self.db] + list(flags), stderr=log,
+                env=clean_environment(**(env or {})))
+        found, deadline = None, time.monotonic() + 20
+        while found is None and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+            found = re.search(r"LISTENING - http://127\.0\.0\.1:([0-9]+).*\n", self.read_log())
+        if found is None:
+            self.kill()
+            raise AssertionError(self.read_log())
+        self.start_up, self.port = found[0], int(found[1])
+
+    def read_log(self):
+        with open(self.log, encoding="utf-8") as log:
+            return log.read()
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+
+    def end(self, number=signal.SIGTERM):
+        """Signal, and the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+
+def clean_environment(**more):
+    names = {setting.variable for setting in aggregator.SETTINGS}
+    return {**{name: value for name, value in os.environ.items() if name not in names}, **more}
+
+
+def run(*arguments, program=(sys.executable, PROGRAM), **env):
+    return subprocess.run(list(program) + list(arguments), check=False, capture_output=True, timeout=20, text=True,
+                          env=clean_environment(**env))
+
+
+def assert_refused(found, status, message):
+    """One clear line, and no other output."""
+    assert found.returncode == status and found.stdout == "" and found.stderr.count("\n") == 1, found
+    assert found.stderr.startswith("aggregator.py: ") and message in found.stderr
+
+
+def assert_sound(db):
+    found = run("check", "--db", str(db))
+    assert found.returncode == 0 and found.stderr == "", found
+    assert all(line.startswith("ok ") for line in found.stdout.splitlines()) and len(found.stdout.splitlines()) > 10
+
+
+def stored_ids(db):
+    connection = sqlite3.connect(str(db))
+    try:
+        return [row[0] for row in connection.execute("SELECT event_id FROM processed_events")]
+    finally:
+        connection.close()
+
+
+class Publisher(threading.Thread):
+    """Sends batches over one connection after the other until told to end; remembers what was acknowledged, and retries
+    what was not."""
+
+    def __init__(self, number, target="/publish"):
+        self.number, self.target, self.random = number, target, random.Random(number)
+        self.sent, self.pending, self.acknowledged = 0, [], set()
+
+    def begin(self, port):
+        super().__init__(daemon=True)
+        self.port, self.over = port, False
+        self.start()
+
+    def run(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        try:
+            while self.pending or not self.over:
+                if not self.pending:
+                    count = self.random.choice((1, 1, 5, 40))
+                    self.pending = [f"{self.number}-{n}" for n in range(self.sent, self.sent + count)]
+                    self.sent += count
+                connection.request("POST", self.target, json.dumps([sample(event_id) for event_id in self.pending]))
+                response = connection.getresponse()
+                response.read()
+                if response.status == 202:
+                    self.acknowledged.update(self.pending)
+                    self.pending = []
+                elif response.status != 503:
+                    raise AssertionError(response.status)
+        except (OSError, http.client.HTTPException):
+            pass  # the service is gone: `pending` is what to retry
+        finally:
+            connection.close()
+
+
+def test_after_kill_9_nothing_acknowledged_is_lost_and_nothing_is_there_twice(tmp_path):
+    publishers, db, chance = [Publisher(n) for n in range(8)], tmp_path / "kill.db", random.Random(5)
+    rounds, retried = int(os.environ.get("KILL_ROUNDS", "5")), 0
+    for round_ in range(rounds + 1):
+        with Program(db) as program:
+            for each in publishers:
+                each.begin(program.port)
+            time.sleep(chance.uniform(0.2, 0.7))
+            if round_ < rounds:
+                program.kill()
+            for each in publishers:
+                each.over = True
+            for each in publishers:
+                each.join(20)
+                assert not each.is_alive()
+            if round_ < rounds:
+                retried += sum(len(each.pending) for each in publishers)
+                continue
+            stats = json.loads(fetch(program.port, "GET", "/stats").body)
+            listed = [json.loads(line)["event_id"] for line in fetch(
+                program.port, "GET", "/events", headers={"Accept": "application/x-ndjson"}).body.splitlines()]
+            assert program.end() == 0
+    acknowledged = set().union(*[each.acknowledged for each in publishers])
+    assert retried > 0 and sum(each.sent for each in publishers) == len(acknowledged) > 100
+    assert len(listed) == len(set(listed)) and set(listed) == acknowledged == set(stored_ids(db))
+    assert stats["unique_processed"] == len(acknowledged) and stats["duplicate_dropped"] <= retried
+    assert stats["received"] == stats["unique_processed"] + stats["duplicate_dropped"] and stats["conflicts"] == 0
+    assert_sound(db)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_ends_the_program_with_everything_acknowledged_on_disk(tmp_path, number):
+    publishers = [Publisher(n, "/publish?wait=0" if n % 2 else "/publish") for n in range(8)]
+    with Program(tmp_path / "term.db") as program:
+        for each in publishers:
+            each.begin(program.port)
+        time.sleep(0.7)
+        began = time.monotonic()
+        assert program.end(number) == 0 and time.monotonic() - began < 10
+        for each in publishers:
+            each.over = True
+            each.join(20)
+        assert "Traceback" not in program.read_log() and "STOPPED" in program.read_log()
+    acknowledged = set().union(*[each.acknowledged for each in publishers])
+    stored = stored_ids(program.db)
+    assert all(each.acknowledged for each in publishers)
+    assert acknowledged <= set(stored) and len(stored) == len(set(stored))
+    assert_sound(program.db)
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path):
+    unfinished = http_request("POST", "/publish", b"", "Content-Length: 9") + b"{"
+    with Program(tmp_path / "twice.db") as program, contextlib.closing(dial(program.port, unfinished)):
+        time.sleep(0.2)
+        program.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert program.process.poll() is None  # it waits for the request under way
+        began = time.monotonic()
+        assert program.end() not in (0, None) and time.monotonic() - began < 1
+    assert_sound(program.db)
+
+
+def test_an_idle_connection_does_not_delay_the_end(tmp_path):
+    with Program(tmp_path / "idle.db") as program, contextlib.closing(dial(program.port)), \
+            contextlib.closing(dial(program.port, HEALTH)) as kept:
+        assert kept.recv(5) == b"HTTP/"
+        began = time.monotonic()
+        assert program.end() == 0 and time.monotonic() - began < 1.5
+
+
+def test_the_start_up_line_names_address_file_and_versions_and_so_does_version(tmp_path):
+    with Program(tmp_path / "named.db", env={"DB_PATH": "/ignored", "QUEUE_MAX_SIZE": "77"}) as program:
+        for part in (f"http://127.0.0.1:{program.port}", os.path.realpath(program.db), aggregator.versions()):
+            assert part in program.start_up
+        assert json.loads(fetch(program.port, "GET", "/stats").body)["limits"]["queue_max_size"] == 77
+    found = run("--version")
+    assert (found.returncode, found.stdout.strip()) == (0, aggregator.versions())
+    assert aggregator.__version__ in found.stdout and sqlite3.sqlite_version in found.stdout
+
+
+def test_a_second_process_on_the_same_file_or_port_is_refused_and_the_first_goes_on(tmp_path):
+    with Program(tmp_path / "one.db") as program:
+        fetch(program.port, "POST", "/publish", sample())
+        for command in ("serve", "check"):
+            flags = ("--port", "0") if command == "serve" else ()
+            found = run(command, "--db", program.db, *flags)
+            assert_refused(found, 1, "another running aggregator")
+        other = str(tmp_path / "other.db")
+        found = run("--db", other, "--port", str(program.port))
+        assert_refused(found, 1, str(program.port))
+        assert "address already in use" in found.stderr.lower() and not os.path.exists(other)
+        assert json.loads(fetch(program.port, "GET", "/stats").body)["received"] == 1
+        program.kill()
+    with Program(tmp_path / "one.db") as program:  # the lock of a killed process does not stay
+        assert json.loads(fetch(program.port, "POST", "/publish", sample()).body)["duplicates"] == 1
+
+
+@pytest.mark.parametrize("flags, env, named", [
+    (["--port", "70000"], {}, "--port"), (["--port", "-1"], {}, "--port"), (["--port", "abc"], {}, "--port"),
+    (["--port", "\u0663"], {}, "--port"), (["--sync", "maybe"], {}, "--sync"),
+    (["--retention", "soon"], {}, "--retention"), (["--db", ""], {}, "--db"), ([], {"PORT": "70000"}, "PORT"),
+    ([], {"SYNC": "maybe"}, "SYNC"), ([], {"QUEUE_MAX_SIZE": "0"}, "SIZE"),
+    (["--retention", "9" * 5000], {}, "--retention"), (["--log-level", "loud"], {}, "--log-level")])
+def test_a_bad_setting_is_one_clear_line(tmp_path, flags, env, named):
+    found = run("--db", str(tmp_path / "never.db"), *flags, **env)
+    assert_refused(found, 2, named)
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--prot", "1"], "--prot"), (["--por", "1"], "--por"), (["--port"], "--port"), (["chekc"], "chekc")])
+def test_an_unknown_flag_is_one_clear_line(tmp_path, flags, named):
+    found = run("--db", str(tmp_path / "never.db"), *flags)
+    assert_refused(found, 2, named)
+
+
+def make_foreign(path, statement):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs(x)")
+        connection.execute(statement)
+        connection.commit()
+
+
+def make_garbage(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: make_garbage(path, b"Dear diary,\n" * 1000), "not an SQLite database"),
+    (lambda path: make_garbage(path, b"SQLite format 3\0"), "not an SQLite database"),
+    (lambda path: make_foreign(path, "PRAGMA user_version=1"), "not an aggregator's"),
+    (lambda path: (aggregator.Store(path).close(), make_foreign(path, "PRAGMA user_version=99")), "schema version 99"),
+    (lambda path: (aggregator.Store(path).close(), os.truncate(path, 9000)), "damaged")])
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_file_that_cannot_be_a_store_is_refused_and_left_as_it_is(tmp_path, make, message, command):
+    path = str(tmp_path / "file")
+    make(path)
+    with open(path, "rb") as file:
+        before = file.read()
+    found = run(command, "--db", path, *(("--port", "0") if command == "serve" else ()))
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    if message != "damaged" or command == "serve":
+        assert_refused(found, 1, message)
+    with open(path, "rb") as file:
+        assert file.read() == before
+
+
+@pytest.mark.parametrize("path, message", [
+    ("", "is a folder"), ("missing/x.db", "does not exist"), ("closed/x.db", "read-only")])
+def test_a_place_that_cannot_hold_a_store_is_refused(tmp_path, path, message):
+    if path.startswith("closed"):
+        if os.geteuid() == 0:
+            pytest.skip("nothing is read-only for root")
+        (tmp_path / "closed").mkdir(0o500)
+    found = run("--db", str(tmp_path / path), "--port", "0")
+    assert_refused(found, 1, message)
+    assert set(os.listdir(str(tmp_path))) <= {"closed"}
+
+
+@pytest.mark.parametrize("damage", [
+    "DELETE FROM processed_events WHERE seq = 55", "UPDATE processed_events SET payload = '{}' WHERE seq = 50",
+    "UPDATE processed_events SET source = 'x' WHERE seq = 50",
+    "UPDATE processed_events SET payload = 'x' WHERE seq = 50",
+    "DELETE FROM seen WHERE seq = (SELECT min(seq) FROM seen WHERE seq IN (SELECT seq FROM processed_events))",
+    "UPDATE seen SET seq = seq + 1000", "DELETE FROM progress WHERE part = 'A0'", "UPDATE progress SET through = 9999",
+    "UPDATE stats SET duplicates = duplicates + 1 WHERE kind = 'topic'", "DELETE FROM stats WHERE kind = 'delay'",
+    "UPDATE stats SET uniques = uniques - 1", "DELETE FROM listing WHERE seq = 60",
+    "UPDATE listing SET seq = seq + 9999"])
+def test_check_finds_planted_damage(tmp_path, monkeypatch, damage):
+    for name, value in (("RECENT_IDS", 8), ("LIST_ROWS", 16)):  # so that merging and listing have happened
+        monkeypatch.setattr(aggregator, name, value)
+    path = str(tmp_path / "damaged.db")
+    store = aggregator.Store(path, max_per_topic=90)
+    for n in range(300):  # 100 events, three times each: one slice is merged by each commit
+        store.commit([aggregator.record(event) for event in aggregator.read_events([sample(str(n % 100))])], NOW + n)
+    store.close()
+    assert_sound(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute(damage).rowcount > 0
+        connection.commit()
+    found = run("check", "--db", path)
+    assert found.returncode == 1 and "BAD" in found.stdout and "NOT" in found.stdout
+
+
+def test_an_old_python_is_told_so():
+    pythons = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.[67].*/bin/python")))
+    if not pythons:
+        pytest.skip("no Python before 3.8 here")
+    for python in pythons:
+        found = run(program=(python, PROGRAM))
+        assert_refused(found, 2, "3.8 or newer is needed")
+
+
+SPLIT_PACKAGES = ("pathlib", "urllib", "urllib.parse", "urllib.request", "email", "uuid", "http", "http.client",
+                  "http.server", "ctypes", "decimal", "multiprocessing", "unittest", "xml", "lzma", "bz2", "dbm", "ssl")
+
+
+def test_serving_needs_none_of_the_modules_that_openwrt_packs_separately(tmp_path):
+    code = (f"import sys\nfor name in {SPLIT_PACKAGES!r}: sys.modules[name] = None\n"
+            f"sys.path.insert(0, {os.path.dirname(PROGRAM)!r})\nimport aggregator\nsys.exit(aggregator.main())")
+    with Program(tmp_path / "small.db", command=[sys.executable, "-c", code]) as program:
+        for duplicates in (0, 1):
+            assert json.loads(fetch(program.port, "POST", "/publish", sample()).body)["duplicates"] == duplicates
+        assert json.loads(fetch(program.port, "GET", "/events").body)["count"] == 1
+        assert program.end() == 0
+
+
+def test_a_disordered_replay_with_repeats_and_mixed_offsets_is_stored_once_in_order(tmp_path):
+    chance, events, deliveries = random.Random(2026), [], []
+    for n in range(700):
+        instant_us = NOW + chance.randrange(3600 * 10 ** 6) // 1000 * 1000
+        offset = chance.choice((0, 60, 120, 330, -300, -570))
+        text = aggregator.format_timestamp(instant_us + offset * 60_000_000)[:-1]
+        text += f"{'-' if offset < 0 else '+'}{abs(offset) // 60:02d}:{abs(offset) % 60:02d}"
+        events.append((instant_us, sample(f"e{n:04d}", timestamp=text, topic=f"topic/{n % 7}", payload={"n": n})))
+        deliveries += [(n + chance.uniform(0, 150), n)] * chance.choice((1, 1, 1, 2, 3))
+    order = [n for _, n in sorted(deliveries, key=lambda each: each[0] + chance.random())]
+    with Program(tmp_path / "replay.db", "--log-level", "info") as program:
+        told = 0
+        while order:
+            batch, order = order[:37], order[37:]
+            answer = json.loads(fetch(program.port, "POST", "/publish", [events[n][1] for n in batch]).body)
+            assert answer["unique"] + answer["duplicates"] == answer["accepted"] == len(batch)
+            told += answer["unique"]
+        stats = json.loads(fetch(program.port, "GET", "/stats").body)
+        rows = [json.loads(line) for line in fetch(program.port, "GET", "/events", headers={
+            "Accept": "application/x-ndjson"}).body.splitlines()]
+        assert program.end() == 0
+    assert told == stats["unique_processed"] == 700 and stats["duplicate_dropped"] == len(deliveries) - 700 > 0
+    assert stats["received"] == len(deliveries) and stats["current_queue_size"] == stats["conflicts"] == 0
+    assert {name: each["unique"] for name, each in stats["topics"].items()} == {f"topic/{n}": 100 for n in range(7)}
+    assert [row["timestamp"] for row in rows] == sorted(aggregator.format_timestamp(instant) for instant, _ in events)
+    assert {(row["event_id"], row["payload"]["n"]) for row in rows} == {(f"e{n:04d}", n) for n in range(700)}
+    assert_sound(program.db)
