@@ -37,6 +37,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -49,7 +50,7 @@ import time
 import zlib
 from collections import Counter, deque
 from hashlib import blake2b
-from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterator, List, NamedTuple, NoReturn,
+from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, Generator, Iterator, List, NamedTuple, NoReturn,
                     Optional, Sequence, Set, Tuple, Union)
 
 __version__ = "1.0.0"
@@ -263,7 +264,7 @@ def format_timestamp(instant_us: int) -> str:
 def _integer(digits: str) -> Union[int, float]:
     """An integer that no double can hold becomes infinity, as 1e999 does, and is refused with it further down. It also
     keeps `int` from the quadratic time that 100,000 digits cost on Pythons before 3.8.14."""
-    return int(digits) if len(digits.lstrip("-")) <= MAX_INT_DIGITS else float("inf")
+    return int(digits) if len(digits) <= MAX_INT_DIGITS or len(digits.lstrip("-")) <= MAX_INT_DIGITS else float("inf")
 
 
 _DECODER = json.JSONDecoder(parse_int=_integer)
@@ -1542,7 +1543,7 @@ class RequestParser:
         buffer = self._buffer
         while True:
             at = buffer.find(end, max(0, self._scanned - len(end) + 1))
-            if head and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2) < 0 and len(buffer) > MAX_REQUEST_LINE_BYTES + 1:
+            if head and len(buffer) > MAX_REQUEST_LINE_BYTES + 1 and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2) < 0:
                 raise HTTPError("target-too-long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
             if (at if at >= 0 else len(buffer) - len(end) + 1) > limit:
                 raise HTTPError(problem, f"{what} is longer than {limit} bytes")
@@ -1877,6 +1878,8 @@ class API:
         self._clock = clock
         self._random_id = random_id
         self._started = clock()
+        self._handlers: Dict[str, Callable[[Request, str], Awaitable[Response]]] = {
+            route.handler: getattr(self, "_" + route.handler) for route in ROUTES}
         self._exact: Dict[Tuple[str, ...], Dict[str, Route]] = {}
         self._under_events: Dict[str, Route] = {}
         for route in ROUTES:
@@ -1901,8 +1904,7 @@ class API:
                 if name not in route.parameters:
                     raise HTTPError("bad-parameter", "{} has no parameter {}; it has: {}".format(
                         route.path, _shown(name), ", ".join(route.parameters) or "none"))
-            response: Response = await getattr(self, "_" + route.handler)(request, peer)
-            return response
+            return await self._handlers[route.handler](request, peer)
         except Exception as error:
             return _refusal(error)
 
@@ -2474,6 +2476,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until `serve` takes over; process 1 would ignore it
     # At each statement the writer waits for the GIL, up to one switch interval; 5 ms, the default, would be all its time.
     sys.setswitchinterval(0.00005)
+    gc.freeze()  # what is loaded stays; and little of what comes makes cycles, so looking for them often is a waste
+    gc.set_threshold(50_000, 50, 50)
     try:
         return asyncio.run(serve(settings))
     except (StoreError, OSError, OverflowError) as error:

@@ -78,7 +78,8 @@ def test_only_the_standard_library_is_imported():
     imported = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     assert imported == {"argparse", "asyncio", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
-                        "contextlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib"}
+                        "contextlib", "gc", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time",
+                        "typing", "zlib"}
     assert "dependencies = []" in SOURCE
 
 
