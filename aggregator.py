@@ -95,7 +95,7 @@ PAGE_MAX_BYTES = 8 * 1024 * 1024  # payload bytes of one page; a page that reach
 PAGE_MAX_SCAN = 50_000  # rows that a filter without an index looks at for one page, about 50 ms
 STATS_MAX_NAMES = 1000  # topics, and sources, listed by name in GET /stats
 
-RECENT_IDS = 256 * 1024  # keys kept in memory before a slice of them is merged; about 70 bytes each
+RECENT_IDS = 384 * 1024  # keys kept in memory before a slice of them is merged; about 70 bytes each
 LIST_ROWS = 4096  # events that gather before the listing is fed with them, sorted
 CACHE_KB = 16 * 1024  # SQLite's page cache of the writer
 STATEMENTS_KEPT = 300  # prepared statements, so that no group size has to be prepared twice; about 20 KB each
@@ -507,7 +507,8 @@ class Page(NamedTuple):
 # `seen`; the least of them is the watermark, below which the log is no longer needed to know an id.
 #
 # Reading needs an order by topic and time, which is random too. The same trick feeds `listing`: new events gather in the
-# log, and every few thousand of them are entered at once, sorted; a reader looks at the listing and at the log behind it.
+# log, and every few thousand of them are entered at once, sorted, by topic (`listing`) and without (`by_time`); a reader
+# looks there and at the end of the log.
 #
 # Knows §1 and §2. Knows no asyncio, no queue, no HTTP. Synchronous; each object is used by one thread at a time.
 #
@@ -577,7 +578,7 @@ CREATE TABLE processed_events(
     sequence INTEGER);
 CREATE TABLE listing(
     topic TEXT NOT NULL, timestamp INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY(topic, timestamp, seq)) WITHOUT ROWID;
-CREATE INDEX by_time ON listing(timestamp, seq);
+CREATE TABLE by_time(timestamp INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY(timestamp, seq)) WITHOUT ROWID;
 CREATE TABLE seen(
     key BLOB PRIMARY KEY, seq INTEGER NOT NULL, fingerprint INTEGER NOT NULL, first_seen INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE progress(part TEXT PRIMARY KEY, through INTEGER NOT NULL) WITHOUT ROWID;
@@ -598,9 +599,13 @@ _APPEND = ("INSERT INTO processed_events(seq, processed_at, key, fingerprint, to
            " sequence) VALUES {rows}")
 _LEARN = "INSERT INTO recent.ids SELECT key, seq, fingerprint, processed_at FROM processed_events WHERE seq > ? ORDER BY key"
 _RECOVER = _LEARN.replace("ORDER", "AND seq > (SELECT through FROM progress WHERE part = hex(substr(key, 1, 1))) ORDER")
-_LIST = "INSERT INTO listing SELECT topic, timestamp, seq FROM processed_events WHERE seq > ? ORDER BY topic, timestamp, seq"
-_UNLIST = ("DELETE FROM listing WHERE (topic, timestamp, seq) IN (SELECT topic, timestamp, seq FROM processed_events WHERE seq"
-           " IN (SELECT value FROM json_each(?)))")
+_LIST = (
+    "INSERT INTO listing SELECT topic, timestamp, seq FROM processed_events WHERE seq > ? ORDER BY topic, timestamp, seq",
+    "INSERT INTO by_time SELECT timestamp, seq FROM processed_events WHERE seq > ? ORDER BY timestamp, seq")
+_REMOVE = tuple(text + " IN (SELECT value FROM json_each(?))" + end for text, end in (
+    ("DELETE FROM listing WHERE (topic, timestamp, seq) IN (SELECT topic, timestamp, seq FROM processed_events WHERE seq", ")"),
+    ("DELETE FROM by_time WHERE (timestamp, seq) IN (SELECT timestamp, seq FROM processed_events WHERE seq", ")"),
+    ("DELETE FROM processed_events WHERE seq", "")))
 _PROGRESS = "UPDATE progress SET through = ? WHERE part = ?"
 _COUNT = ("INSERT INTO stats(kind, name, uniques, duplicates, conflicts, removed) VALUES {rows} ON CONFLICT(kind, name) DO"
           " UPDATE SET uniques = uniques + excluded.uniques, duplicates = duplicates + excluded.duplicates,"
@@ -885,7 +890,8 @@ class Store:
         """Enter into the listing what it lacks, if that is `least` events or more."""
         if state.last_seq - state.listed < least:
             return state
-        self._db.execute(_LIST, (state.listed,))
+        for statement in _LIST:
+            self._db.execute(statement, (state.listed,))
         self._db.execute(_PROGRESS, (state.last_seq, "listing"))
         return state._replace(listed=state.last_seq)
 
@@ -945,8 +951,8 @@ class Store:
         topics = json.loads(self._db.execute(
             "SELECT json_group_array(json_array(topic, n)) FROM (SELECT topic, count(*) AS n FROM processed_events WHERE seq"
             " IN (SELECT value FROM json_each(?)) GROUP BY topic)", (wanted,)).fetchone()[0])
-        self._db.execute(_UNLIST, (wanted,))
-        self._db.execute("DELETE FROM processed_events WHERE seq IN (SELECT value FROM json_each(?))", (wanted,))
+        for statement in _REMOVE:
+            self._db.execute(statement, (wanted,))
         _run(self._db, _COUNT, [("total", "", 0, 0, 0, len(seqs))] + [("topic", name, 0, 0, 0, n) for name, n in topics])
 
     def probe(self) -> None:
@@ -989,6 +995,9 @@ _CHECKS = (
      "SELECT (SELECT count(*) FROM processed_events AS e WHERE seq <= (SELECT through FROM progress WHERE part = 'listing') AND"
      " NOT EXISTS (SELECT 1 FROM listing AS l WHERE l.topic = e.topic AND l.timestamp = e.timestamp AND l.seq = e.seq))"
      " + (SELECT count(*) FROM listing AS l WHERE NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = l.seq))"),
+    ("the listing by time and the listing by topic are the same",
+     "SELECT (SELECT count(*) FROM (SELECT timestamp, seq FROM listing EXCEPT SELECT timestamp, seq FROM by_time))"
+     " + abs((SELECT count(*) FROM listing) - (SELECT count(*) FROM by_time))"),
     ("the books balance: unique events are as many as seqs given out",
      "SELECT abs(uniques - (SELECT ifnull(max(seq), 0) FROM sqlite_sequence)) FROM stats WHERE kind = 'total'"),
     ("the books balance: unique less removed is what is in the log",
@@ -1060,16 +1069,17 @@ class Reader:
             values.extend(query.after)
         filters, filter_values = ["1"], []  # type: Tuple[List[str], List[Any]]
         if query.prefix and query.topic:
-            filters.append("substr(topic, 1, ?) = ?")
+            filters.append("(SELECT substr(topic, 1, ?) FROM processed_events AS s WHERE s.seq = f.seq) = ?")
             filter_values += [len(query.topic), query.topic]
         if query.source is not None:
             filters.append("(SELECT source FROM processed_events AS s WHERE s.seq = f.seq) = ?")
             filter_values.append(query.source)
         scan = query.limit + 1 if len(filters) == 1 else PAGE_MAX_SCAN
         # The listing, and the end of the log that it does not have yet.
-        rows = ("SELECT timestamp, seq, topic FROM listing WHERE {0} UNION ALL SELECT timestamp, seq, topic FROM processed_events"
-                " WHERE seq > (SELECT through FROM progress WHERE part = 'listing') AND {0} ORDER BY timestamp {1}, seq {1}"
-                .format(" AND ".join(where), "DESC" if query.descending else "ASC"))
+        rows = ("SELECT timestamp, seq FROM {2} WHERE {0} UNION ALL SELECT timestamp, seq FROM processed_events WHERE seq >"
+                " (SELECT through FROM progress WHERE part = 'listing') AND {0} ORDER BY timestamp {1}, seq {1}".format(
+                    " AND ".join(where), "DESC" if query.descending else "ASC",
+                    "listing" if query.topic is not None and not query.prefix else "by_time"))
         values *= 2
         with _transaction(self._db, "DEFERRED"):
             keys = json.loads(self._db.execute(

@@ -813,7 +813,7 @@ for i in range({start}, 100000):
 PLACES = ["INSERT INTO processed_events|", "|INSERT INTO processed_events", "INSERT INTO seen SELECT key, seq, fingerprint, f|",
           "|DELETE FROM recent.ids", "|UPDATE progress", "|INSERT INTO listing", "|DELETE FROM processed_events", "COMMIT|",
           "|COMMIT", "|ATTACH", "|INSERT INTO recent.ids", "|INSERT INTO stats", "BEGIN EXCLUSIVE|", "|PRAGMA user_version=",
-          "|DELETE FROM listing"]
+          "|DELETE FROM listing", "|INSERT INTO by_time"]
 
 
 @pytest.mark.parametrize("place", PLACES)
