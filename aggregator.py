@@ -61,8 +61,8 @@ log = logging.getLogger("aggregator")
 # ======================================================================================================================
 # §1  Constants and limits
 #
-# Every bound the service keeps, with its unit, its reason and, where there is one, its precedent. A limit that is not
-# here does not exist; whatever is not bounded by one of these is bounded by the store's disk.
+# Every bound the service keeps, with its unit, its reason and, where there is one, its precedent. Whatever is not bounded
+# here is bounded by the disk.
 # ======================================================================================================================
 
 MAX_NAME_BYTES = 255  # topic, event_id, source, in UTF-8: what a file name may have, so any of them can become one
@@ -1026,6 +1026,7 @@ def check_store(path: str) -> Iterator[Tuple[bool, str]]:
         db = _connect(path, timeout=5.0)
         try:
             db.execute("PRAGMA query_only=1")
+            db.execute("PRAGMA mmap_size=1073741824")
             found = [row[0] for row in db.execute("PRAGMA integrity_check(5)")]
             yield found == ["ok"], "SQLite finds the file intact" + ("" if found == ["ok"] else ": NOT: " + "; ".join(found))
             db.create_function("identity", 2, identity)
@@ -2325,8 +2326,7 @@ class Server:
 # ======================================================================================================================
 # §8  Command line
 #
-# Settings are one table: flag, environment variable, default, how to read it, what it means. Everything starts and stops
-# here, in order.
+# Settings are one table. Everything starts and stops here, in order. Knows all sections.
 # ======================================================================================================================
 
 class Setting(NamedTuple):
