@@ -14,12 +14,12 @@ Publish the same event again, after a time-out, a crash, a power cut: the answer
 still holds it once.
 
      curl ──POST /publish──▶ HTTP parser ─▶ validate ─▶ asyncio.Queue ─▶ consumer ─▶ store (SQLite, one thread)
-            §7 sockets        §5             §2          §4               §4          §3
+            §9 sockets        §5             §2          §4               §4          §3
           ◀─ 202 ──────────────────────── after the commit ◀── verdicts ◀── group commit
-     curl ──GET /events ────▶ §6 routes ─▶ read connection (WAL: readers never block the writer)
+     curl ──GET /events ────▶ §8 routes ─▶ read connection (WAL: readers never block the writer)
 
-The life of one event: the server (§7) reads bytes from a socket and feeds them to the parser (§5), which hands over a
-whole request or refuses it. The route table (§6) finds the handler, which has the body turned into `Event`s (§2): all
+The life of one event: the server (§9) reads bytes from a socket and feeds them to the parser (§5), which hands over a
+whole request or refuses it. The route table (§6, §8) finds the handler, which has the body turned into `Event`s (§2): all
 of them or none. The pipeline (§4) puts them into a bounded queue; its consumer takes all that waits and passes it to
 the store (§3), which decides for each event whether it is new, stores what is, counts, and commits: one transaction,
 one fsync for the whole group. Only then is the publisher answered.
@@ -29,7 +29,7 @@ books balance (received = unique + duplicates + queued). Not promised: order bet
 encryption, or that a publisher which never retries gets everything through.
 
 A section knows only the sections its banner names, and a test holds it to that. Deduplication is §3; a reader who
-came for it may skip §5 to §8.
+came for it may skip §5 to §11.
 """
 import argparse
 import asyncio
@@ -1791,16 +1791,11 @@ def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str],
 
 
 # ======================================================================================================================
-# §6  API: the table of routes
+# §6  Reference: the table of routes, and what is made from it
 #
 # A route is a row: method, path, handler, query parameters. Dispatch, 404, 405, OPTIONS and HEAD come from the table.
-# Handlers turn requests into calls of the pipeline and results into answers; what goes wrong on the way is an exception
-# of the section where it went wrong, and `_refusal` is the one place that knows its status.
 #
-# Knows §1, §2, §4, §5. Knows no sockets and no SQL.
-#
-#   * Every answer that is not a success is application/problem+json (RFC 9457).
-#   * A query parameter that the route does not know is refused: a misspelt filter must not list everything.
+# Knows §1 and §5. Knows no pipeline and no sockets.
 # ======================================================================================================================
 
 class Route(NamedTuple):
@@ -1824,6 +1819,26 @@ ROUTES = (
     Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like"),
     Route("GET", "/health", "health", (), "Whether events can be stored right now"),
 )
+
+
+# ======================================================================================================================
+# §7  Page: what a browser is shown
+#
+# Knows §1. Pure: numbers in, HTML out.
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# §8  API: from a request to its answer
+#
+# Handlers turn requests into calls of the pipeline and results into answers; what goes wrong on the way is an exception
+# of the section where it went wrong, and `_refusal` is the one place that knows its status.
+#
+# Knows §1, §2, §4 to §7. Knows no sockets and no SQL.
+#
+#   * Every answer that is not a success is application/problem+json (RFC 9457).
+#   * A query parameter that the route does not know is refused: a misspelt filter must not list everything.
+# ======================================================================================================================
 
 _ERROR_PROBLEMS: Tuple[Tuple[type, str], ...] = (
     (NotJSON, "not-json"), (InvalidEvents, "invalid-event"), (BatchTooLarge, "batch-too-large"), (QueueFull, "queue-full"),
@@ -2109,13 +2124,13 @@ def _mend_offset(text: str) -> str:
 
 
 # ======================================================================================================================
-# §7  Server: sockets, deadlines, shutdown
+# §9  Server: sockets, deadlines, shutdown
 #
 # One coroutine for each connection: read, feed the parser, have the request answered, write, again. Deadlines are kept
 # by one sweeper for all connections instead of a timer for each read, so they cost nothing per request and a client
 # that sends a byte a second cannot renew them.
 #
-# Knows §1, §4 (to start and stop it), §5 and §6. Knows no routes and no JSON.
+# Knows §1, §4 (to start and stop it), §5 and §8. Knows no routes and no JSON.
 #
 #   * Requests of a connection are answered in order, one at a time; a flood of them only fills the client's own socket.
 #   * After an error or a "close" nothing more of that connection is read as a request.
@@ -2324,7 +2339,14 @@ class Server:
 
 
 # ======================================================================================================================
-# §8  Command line
+# §10  Client: publish, relay, drill
+#
+# Knows §1 and §2. Knows nothing of the service but its HTTP face.
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# §11  Command line
 #
 # Settings are one table. Everything starts and stops here, in order. Knows all sections.
 # ======================================================================================================================

@@ -1,5 +1,6 @@
-"""The tests of aggregator.py, in the order of its sections: house rules, §2 Events, §3 Store, §4 Pipeline, §5 HTTP, §6 API,
-§7 Server, and the whole program as a process. pytest and the standard library; no plugins, no mocks of our own store.
+"""The tests of aggregator.py, in the order of its sections: house rules, §2 Events, §3 Store, §4 Pipeline, §5 HTTP,
+§6 Reference, §7 Page, §8 API, §9 Server, §10 Client, and the whole program as a process. pytest and the standard library;
+no plugins, no mocks of our own store.
 
 Environment: KILL_ROUNDS, CRASH_ROUNDS, MODEL_SEEDS, MODEL_STEPS and FUZZ_REQUESTS make the random tests longer.
 """
@@ -49,14 +50,14 @@ SOURCE = open(os.path.join(HERE, "aggregator.py"), encoding="utf-8").read()
 TREE = ast.parse(SOURCE)
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 # section: the sections whose names it may use
-KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 2, 4, 5, 6}, 7: {1, 4, 5, 6, 7},
-         8: {1, 2, 3, 4, 5, 6, 7, 8}}
-MODULES = {"sqlite3": {3}, "asyncio": {4, 7, 8}, "zlib": {5}, "argparse": {8}, "signal": {8}, "concurrent": {4},
-           "blake2b": {3}, "sys": {8}}
+KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 5, 6}, 7: {1, 7},
+         8: {1, 2, 4, 5, 6, 7, 8}, 9: {1, 4, 5, 8, 9}, 10: {1, 2, 10}, 11: set(range(1, 12))}
+MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5}, "argparse": {11}, "signal": {11}, "concurrent": {4},
+           "blake2b": {3}, "sys": {10, 11}}
 
 
 def section_of(line):
-    starts = [match.start() for match in re.finditer(r"^# §[1-8]  ", SOURCE, re.M)]
+    starts = [match.start() for match in re.finditer(r"^# §[0-9]+  ", SOURCE, re.M)]
     return sum(SOURCE.count("\n", 0, start) + 1 <= line for start in starts)
 
 
@@ -118,7 +119,7 @@ def test_importing_does_no_work():
 
 
 def test_the_file_stays_small_and_its_functions_short():
-    assert SOURCE.count("\n") <= 2500
+    assert SOURCE.count("\n") <= 3000
     assert max(len(line) for line in SOURCE.split("\n")) <= 130
     sizes = sorted(node.end_lineno - node.lineno + 1 for node in ast.walk(TREE)
                    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
@@ -1415,7 +1416,7 @@ def test_the_date_is_the_one_format_of_http_for_any_instant():
 
 
 # ======================================================================================================================
-# §6 API: bytes to the parser, requests to `answer`, no sockets; a clock that only the test moves
+# §8 API: bytes to the parser, requests to `answer`, no sockets; a clock that only the test moves
 # ======================================================================================================================
 
 def sample(event_id="1", **fields):
@@ -1853,7 +1854,7 @@ def test_every_problem_has_a_status_with_a_reason():
 
 
 # ======================================================================================================================
-# §7 Server: real sockets, and clients that know nothing of ours
+# §9 Server: real sockets, and clients that know nothing of ours
 # ======================================================================================================================
 
 class Site:
