@@ -25,8 +25,8 @@ the store (§3), which decides for each event whether it is new, stores what is,
 one fsync for the whole group. Only then is the publisher answered.
 
 Promises: 202 means on disk; an identity (topic, event_id) is stored once; a request is taken whole or not at all; the
-books balance (received = unique + duplicates + queued). Not promised: order between publishers, a second machine,
-encryption, or that a publisher which never retries gets everything through.
+books balance (received = unique + duplicates + queued). Not promised: order between publishers, a second machine, or
+that a publisher which never retries gets everything through.
 
 A section knows only the sections its banner names, and a test holds it to that. Deduplication is §3; a reader who
 came for it may skip §5 to §11.
@@ -50,7 +50,7 @@ import time
 import zlib
 from collections import Counter, deque
 from hashlib import blake2b
-from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, Generator, Iterator, List, NamedTuple, NoReturn,
+from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple, NoReturn,
                     Optional, Sequence, Set, Tuple, Union)
 
 __version__ = "1.0.0"
@@ -93,6 +93,10 @@ PAGE_DEFAULT = 100  # events of one GET /events
 PAGE_MAX = 1000
 PAGE_MAX_BYTES = 8 * 1024 * 1024  # payload bytes of one page; a page that reaches it ends early, with a cursor
 PAGE_MAX_SCAN = 50_000  # rows that a filter without an index looks at for one page, about 50 ms
+FOLLOW_KEEP_ALIVE_S = 15.0  # a silent live tail says that it lives (WHATWG HTML §9.2.7: "every 15 seconds or so")
+FOLLOW_GATHER_S = 0.05  # commits closer together than this wake the followers once
+FOLLOW_SPREAD_S = 0.0001  # each follower answers so much later than the one before: 200 at once would hold up publishers
+FOLLOW_RETRY_MS = 2000  # after which a browser connects again
 STATS_MAX_NAMES = 1000  # topics, and sources, listed by name in GET /stats
 
 RECENT_IDS = 384 * 1024  # keys kept in memory before a slice of them is merged; about 70 bytes each
@@ -126,6 +130,8 @@ PROBLEMS: Dict[str, Tuple[int, str]] = {
     "bad-request": (400, "The request is not valid HTTP/1.1"),
     "bad-parameter": (400, "A query parameter is not valid"),
     "not-json": (400, "The body is not JSON"),
+    "unauthorized": (401, "A token is needed"),
+    "forbidden": (403, "This is not allowed from here, or with this token"),
     "not-found": (404, "There is nothing here"),
     "no-such-event": (404, "No such event"),
     "method-not-allowed": (405, "The method is not allowed here"),
@@ -137,6 +143,7 @@ PROBLEMS: Dict[str, Tuple[int, str]] = {
     "target-too-long": (414, "The request target is too long"),
     "unsupported-encoding": (415, "The Content-Encoding is not supported"),
     "expectation-failed": (417, "The expectation cannot be met"),
+    "misdirected": (421, "This host name is not ours"),
     "invalid-event": (422, "An event is not valid"),
     "headers-too-large": (431, "The header fields are too large"),
     "internal-error": (500, "The service has a bug"),
@@ -485,6 +492,16 @@ class Page(NamedTuple):
     next: Optional[Tuple[int, int]]
 
 
+class Tail(NamedTuple):
+    """What the log holds behind a cursor: the `seqs` that match, in order, their events as JSON `lines` joined by newlines,
+    the seq `through` which it was read, the newest seq there is, and the oldest still there (newest + 1 if none is)."""
+    seqs: List[int]
+    lines: str
+    through: int
+    newest: int
+    oldest: int
+
+
 # ======================================================================================================================
 # §3  Store: what "seen before" means
 #
@@ -812,6 +829,11 @@ class Store:
                 "SELECT json_group_array(name) FROM stats WHERE kind = 'topic' AND uniques - removed > ?",
                 (self._max_per_topic,)).fetchone()[0]))
 
+    @property
+    def newest(self) -> int:
+        """The newest seq given out, 0 before the first."""
+        return self._state.last_seq
+
     def received(self) -> int:
         """Events decided since the store was made."""
         return int(self._db.execute("SELECT uniques + duplicates FROM stats WHERE kind = 'total'").fetchone()[0])
@@ -1088,20 +1110,41 @@ class Reader:
                 " processed_events AS p WHERE p.seq = f.seq))) FROM (SELECT timestamp, seq FROM ({} LIMIT ?) AS f WHERE {}"
                 " LIMIT ?) AS f".format(rows, " AND ".join(filters)),
                 values + [scan] + filter_values + [query.limit + 1]).fetchone()[0])
-            taken, size = 0, 0
-            while taken < min(len(keys), query.limit) and (taken == 0 or size + keys[taken][2] <= PAGE_MAX_BYTES):
-                size += keys[taken][2]
-                taken += 1
+            taken = _how_many([key[2] for key in keys[:query.limit]])
             following: Optional[Tuple[int, int]] = None
             if taken < len(keys):
                 following = (keys[taken - 1][0], keys[taken - 1][1])
             elif len(filters) > 1:  # nothing more among the rows looked at: go on behind them, if there are any
                 following = self._db.execute(f"SELECT timestamp, seq FROM ({rows} LIMIT 1 OFFSET ?)",
                                              values + [scan - 1]).fetchone()
-            text = self._db.execute(f"SELECT group_concat(line, ?) FROM (SELECT {_LINE} AS line FROM json_each(?) AS j CROSS JOIN"
-                " processed_events AS e ON e.seq = j.value)",
-                (separator, json.dumps([key[1] for key in keys[:taken]]))).fetchone()[0]
-        return Page(text or "", taken, following)
+            return Page(self._lines([key[1] for key in keys[:taken]], separator), taken, following)
+
+    def _lines(self, seqs: List[int], separator: str) -> str:
+        """These events as JSON texts, in one step for all."""
+        return self._db.execute(f"SELECT group_concat(line, ?) FROM (SELECT {_LINE} AS line FROM json_each(?) AS j CROSS JOIN"
+                                " processed_events AS e ON e.seq = j.value)", (separator, json.dumps(seqs))).fetchone()[0] or ""
+
+    def tail(self, query: EventQuery, after: int) -> Tail:
+        """The events after seq `after`, in order of seq, that match the topic and source of `query`: up to PAGE_MAX of them,
+        found among the next PAGE_MAX_SCAN."""
+        filters, values = ["seq > ?", "seq <= ?"], [after, after + PAGE_MAX_SCAN]  # type: Tuple[List[str], List[Any]]
+        if query.topic:
+            filters.append("substr(topic, 1, ?) = ?" if query.prefix else "topic = ?")
+            values += [len(query.topic), query.topic] if query.prefix else [query.topic]
+        if query.source is not None:
+            filters.append("source = ?")
+            values.append(query.source)
+        with _transaction(self._db, "DEFERRED"):
+            newest, oldest = self._db.execute("SELECT ifnull((SELECT seq FROM sqlite_sequence), 0), (SELECT min(seq) FROM"
+                                              " processed_events)").fetchone()
+            keys = json.loads(self._db.execute(
+                "SELECT json_group_array(json_array(seq, length(CAST(payload AS BLOB)))) FROM (SELECT seq, payload FROM"
+                " processed_events WHERE {} ORDER BY seq LIMIT ?)".format(" AND ".join(filters)),
+                values + [PAGE_MAX]).fetchone()[0])
+            seqs = [key[0] for key in keys[:_how_many([key[1] for key in keys])]]
+            whole = len(seqs) == len(keys) < PAGE_MAX
+            return Tail(seqs, self._lines(seqs, "\n") if seqs else "", min(newest, after + PAGE_MAX_SCAN) if whole else seqs[-1],
+                        newest, newest + 1 if oldest is None else oldest)
 
     def event(self, seq: int) -> Optional[str]:
         """One event as JSON text, or None if it is not in the log."""
@@ -1136,6 +1179,11 @@ class Reader:
             "store_bytes": sum(os.path.getsize(path) for path in (self._path, self._path + "-wal") if os.path.exists(path))}
 
 
+def _how_many(sizes: Sequence[int]) -> int:
+    """How many of the texts of these sizes make one page: at least one, or PAGE_MAX_BYTES of them."""
+    return max(1, sum([total <= PAGE_MAX_BYTES for total in itertools.accumulate(sizes)])) if sizes else 0
+
+
 # ======================================================================================================================
 # §4  Pipeline: a bounded queue, one consumer, group commit
 #
@@ -1163,6 +1211,19 @@ class Stopping(Exception):
 
 class Unavailable(Exception):
     """The store could not be written or read; nothing of the request was stored, and trying again later may help."""
+
+
+class CursorExpired(Exception):
+    """Events after the cursor have left the log; `oldest_seq` is the first that is still there."""
+
+    def __init__(self, after: int, oldest_seq: int) -> None:
+        super().__init__(f"events after seq {after} have been removed by retention; the oldest there is has seq {oldest_seq}: to"
+                         f" go on without the lost ones, follow with after={oldest_seq - 1}")
+        self.oldest_seq = oldest_seq
+
+
+class CursorAhead(Exception):
+    """The cursor names a seq that the log has not reached: it comes from another store."""
 
 
 class Receipt(NamedTuple):
@@ -1210,6 +1271,14 @@ class Pipeline:
         self._stopping = False
         self._failure = ""  # why the last commit failed, empty once one succeeds
         self._proven = 0.0  # when the store was last written, by the loop's clock
+        # Followers wait for `_news`, which the next commit, the keep-alive timer or the end resolves for all of them; those
+        # who then ask for the same find the question under way in `_asked`.
+        self.followers = 0
+        self._ended = False
+        self._news: Optional[asyncio.Future[None]] = None
+        self._newest = 0  # the newest seq committed
+        self._woken = 0.0  # when the followers were last woken, by the loop's clock
+        self._asked: Dict[Tuple[EventQuery, int], asyncio.Future[Tail]] = {}
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "writer")
         self._reading = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._tasks: List[asyncio.Task[None]] = []
@@ -1220,6 +1289,7 @@ class Pipeline:
         self._store = await self._loop.run_in_executor(self._writer, self._open_store)
         self._reader = await self._loop.run_in_executor(self._reading, Reader, self._store.path)
         self._taken = await self._loop.run_in_executor(self._writer, self._store.received)
+        self._newest = self._store.newest
         self._proven = self._loop.time()
         self._tasks = [self._loop.create_task(self._consume()), self._loop.create_task(self._tidy())]
 
@@ -1269,6 +1339,9 @@ class Pipeline:
                           len(group), outcome, exc_info=not isinstance(error, StoreFailed))
             self._settle(group, count, outcome, int((self._loop.time() - started) * 1e6))
             if isinstance(outcome, Decision):
+                self._newest = outcome.first_seq + count - len(outcome.repeats) - 1
+                if self._news is not None:
+                    self._wake_soon(self._news)
                 _log_group(records, outcome)
 
     def _settle(self, group: List[_Batch], count: int, outcome: Union[Decision, Unavailable], commit_us: int) -> None:
@@ -1313,6 +1386,65 @@ class Pipeline:
         page: Page = await self._ask(self._reading, self._reader.page, query, separator)
         return page
 
+    async def tail(self, query: EventQuery, after: Optional[int]) -> Tail:
+        """What the log holds behind `after` (None: nothing yet, from now on), see Reader.tail. Raises CursorExpired,
+        CursorAhead, Unavailable."""
+        key = (query, self._newest if after is None else after)
+        if key not in self._asked:
+            self._asked[key] = self._loop.create_task(self._ask(self._reading, self._reader.tail, *key))
+            self._asked[key].add_done_callback(lambda _: self._asked.pop(key))
+        tail = await asyncio.shield(self._asked[key])
+        if tail.newest < key[1]:
+            raise CursorAhead(f"there is no seq {key[1]} yet, the newest is {tail.newest}: this cursor is of another store")
+        if tail.oldest > key[1] + 1:
+            raise CursorExpired(key[1], tail.oldest)
+        return tail
+
+    async def follow(self, query: EventQuery, tail: Tail) -> AsyncIterator[Tail]:
+        """`tail` and all that comes behind it, for as long as the caller likes; what it yields without seqs is a sign of
+        life. A slow reader keeps nothing in memory but its cursor. Ends when the service stops, and when retention
+        has overtaken the cursor. Raises Unavailable."""
+        place, self.followers = self.followers, self.followers + 1
+        try:
+            spoken = self._loop.time()
+            while True:
+                if tail.seqs or self._loop.time() - spoken >= FOLLOW_KEEP_ALIVE_S:
+                    yield tail
+                    spoken = self._loop.time()
+                if self._ended:
+                    return
+                caught_up = tail.through >= tail.newest
+                if caught_up:
+                    if self._news is None:
+                        self._news = self._loop.create_future()
+                        self._loop.call_later(FOLLOW_KEEP_ALIVE_S, self._wake, self._news)
+                    if self._newest > tail.through:  # committed since: do not run ahead of the others, who share one look
+                        self._wake_soon(self._news)
+                    await asyncio.shield(self._news)
+                try:
+                    tail = await self.tail(query, tail.through)
+                except CursorExpired:
+                    return  # it will ask again and be told
+                if caught_up:
+                    await asyncio.sleep(place * FOLLOW_SPREAD_S)
+        finally:
+            self.followers -= 1
+
+    def _wake_soon(self, news: "asyncio.Future[None]") -> None:
+        """Wake the followers at once if that was not done lately, and otherwise when FOLLOW_GATHER_S has passed."""
+        self._loop.call_at(self._woken + FOLLOW_GATHER_S, self._wake, news)
+
+    def _wake(self, news: "asyncio.Future[None]") -> None:
+        if self._news is news:
+            self._news, self._woken = None, self._loop.time()
+            news.set_result(None)
+
+    def end_followers(self) -> None:
+        """End all live tails."""
+        self._ended = True
+        if self._news is not None:
+            self._wake(self._news)
+
     async def event(self, topic: str, event_id: str) -> Tuple[Optional[int], Optional[str]]:
         """The seq of an identity, None if it was never seen; and its event as JSON text, None if retention has removed
         it. Raises Unavailable."""
@@ -1324,7 +1456,7 @@ class Pipeline:
         found = await self._ask(self._reading, self._reader.stats)
         counted = found["unique_processed"] + found["duplicate_dropped"]
         # `_taken` is read after the snapshot and never runs behind it, so what is left is what was still in flight.
-        return {"received": self._taken, **found, "current_queue_size": self._taken - counted}
+        return {"received": self._taken, **found, "current_queue_size": self._taken - counted, "subscribers": self.followers}
 
     async def _ask(self, thread: concurrent.futures.Executor, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -1403,15 +1535,15 @@ def _log_group(records: Sequence[Record], decision: Decision) -> None:
 # ======================================================================================================================
 
 class HTTPError(Exception):
-    """A request that is refused. `problem` is a key of PROBLEMS; the message says what is wrong and what to do."""
+    """A request that is refused. `problem` is a key of PROBLEMS; the message says what is wrong and what to do; `members`
+    are what else the problem details have to say (RFC 9457 §3.2)."""
 
-    def __init__(self, problem: str, detail: str, headers: Tuple[Tuple[str, str], ...] = (),
-                 errors: Sequence[Dict[str, Any]] = ()) -> None:
+    def __init__(self, problem: str, detail: str, headers: Tuple[Tuple[str, str], ...] = (), **members: Any) -> None:
         super().__init__(detail)
         self.problem = problem
         self.detail = detail
         self.headers = headers
-        self.errors = errors
+        self.members = members
 
 
 class Head(NamedTuple):
@@ -1777,7 +1909,8 @@ def encode_response(response: Response, date: str, keep_alive: bool, head_only: 
 @functools.lru_cache(HEADS_KEPT)  # most answers of one second have the same head
 def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str], ...], length: Optional[int], date: str,
                  keep_alive: bool, http_1_0: bool) -> bytes:
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Date: " + date, "Server: aggregator/" + __version__]
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Date: " + date, "Server: aggregator/" + __version__,
+             "X-Content-Type-Options: nosniff"]  # what a publisher sent is never to be taken for a page
     if status != 204:
         lines.append("Content-Type: " + content_type)
         if length is not None:
@@ -1812,8 +1945,8 @@ ROUTES = (
     Route("POST", "/publish", "publish", ("wait", "verdicts", "explain", "topic", "source"),
           "Publish one event or many"),
     Route("PUT", "/events/{topic}/{event_id}", "put_event", ("timestamp", "source"), "Publish one event under its identity"),
-    Route("GET", "/events", "list_events", ("topic", "source", "since", "until", "limit", "cursor", "order"),
-          "List events by time"),
+    Route("GET", "/events", "list_events", ("topic", "source", "since", "until", "limit", "cursor", "order",
+           "follow", "after"), "List events by time, or follow them as they come"),
     Route("GET", "/events/{topic}/{event_id}", "get_event", (), "Read one event"),
     Route("GET", "/duplicates", "list_duplicates", ("limit",), "The last duplicates, the latest first"),
     Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like"),
@@ -1842,10 +1975,13 @@ ROUTES = (
 
 _ERROR_PROBLEMS: Tuple[Tuple[type, str], ...] = (
     (NotJSON, "not-json"), (InvalidEvents, "invalid-event"), (BatchTooLarge, "batch-too-large"), (QueueFull, "queue-full"),
-    (Stopping, "stopping"), (Unavailable, "store-unavailable"))
+    (Stopping, "stopping"), (Unavailable, "store-unavailable"), (CursorAhead, "bad-parameter"))
 _DURATION = re.compile(r"([0-9]{1,9})(us|ms|s|m|h|d|w|)")
 _DURATION_US = {"us": 1, "ms": 1000, "s": 1_000_000, "": 1_000_000, "m": 60_000_000, "h": 3_600_000_000,
                 "d": 86_400_000_000, "w": 604_800_000_000}
+OPEN_PATHS = (("",), ("health",), ("docs",), ("openapi.json",))  # what needs no token: it shows no data without one
+_SEQ = re.compile("[0-9]{1,18}")
+_PORT = re.compile(r":[0-9]*\Z")
 _CURSOR = re.compile(r"([ad])(-?[0-9]{1,18})\.([0-9]{1,18})")
 
 
@@ -1871,13 +2007,9 @@ def _json(value: Any) -> bytes:
 def problem_details(error: HTTPError) -> Response:
     """Problem details (RFC 9457) for a refusal. `type` is where the reference explains it."""
     status, title = PROBLEMS[error.problem]
-    body: Dict[str, Any] = {"type": "/docs#" + error.problem, "title": title, "status": status, "detail": error.detail}
-    if error.errors:
-        body["errors"] = list(error.errors)
-    headers = error.headers
-    if status == 503:
-        headers += (("Retry-After", str(RETRY_AFTER_S)),)
-    return Response(status, _json(body), "application/problem+json", headers)
+    headers = error.headers + ((("Retry-After", str(RETRY_AFTER_S)),) if status == 503 else ())
+    return Response(status, _json({"type": "/docs#" + error.problem, "title": title, "status": status,
+                                   "detail": error.detail, **error.members}), "application/problem+json", headers)
 
 
 def _refusal(error: Exception) -> Response:
@@ -1890,15 +2022,62 @@ def _refusal(error: Exception) -> Response:
                 return problem_details(HTTPError(name, f"{error} found in the events; nothing was taken",
                                          errors=[fault._asdict() for fault in error.faults]))
             return problem_details(HTTPError(name, str(error)))
+    if isinstance(error, CursorExpired):
+        return problem_details(HTTPError("gone", str(error), oldest_seq=error.oldest_seq))
     log.error("a bug while answering a request", exc_info=error)
     return problem_details(HTTPError("internal-error", "this is our fault; the log says more"))
 
 
+class Access(NamedTuple):
+    """Who may do what. `token` allows everything, `read_token` what changes nothing; both empty: everyone may. `hosts`
+    are the names a request may be addressed to, empty for any; `origins` the foreign pages that may write and read; both
+    may hold "*" for all."""
+    token: str = ""
+    read_token: str = ""
+    hosts: FrozenSet[str] = frozenset()
+    origins: FrozenSet[str] = frozenset()
+
+    def check(self, head: Head) -> None:
+        """Refuse what is not addressed to us, what a page of another site sends, and what has not the right token. Raises
+        HTTPError. A page in a browser on this machine can send to localhost, and, by a name that resolves to 127.0.0.1
+        (DNS rebinding), read what comes back; the Host and Origin fields are what tells it apart."""
+        host, origin, writes = head.headers["host"].lower(), head.headers.get("origin"), head.method in ("POST", "PUT")
+        if host and self.hosts and "*" not in self.hosts and _PORT.sub("", host) not in self.hosts:
+            raise HTTPError("misdirected", f"nobody here is called {_shown(host)}: --allow-host adds a name")
+        if origin is not None and writes and not self._ours(origin, host) and not self.allows(origin):
+            raise HTTPError("forbidden", f"a page of {_shown(origin)} may not write here: --allow-origin adds an origin")
+        if not self.token or head.method == "OPTIONS" or head.path in OPEN_PATHS or self.knows(head, self.token):
+            return
+        if not self.read_token or not self.knows(head, self.read_token):
+            raise HTTPError("unauthorized", "send Authorization: Bearer and the token", (("WWW-Authenticate", "Bearer"),))
+        if writes:
+            raise HTTPError("forbidden", "this token is for reading only",
+                            (("WWW-Authenticate", 'Bearer error="insufficient_scope"'),))
+
+    @staticmethod
+    def _ours(origin: str, host: str) -> bool:
+        """Whether a page of `origin` came from here (RFC 6454 §7); TLS may end before us, so the scheme tells nothing."""
+        return origin.lower().partition("://")[2] == host
+
+    def allows(self, origin: str) -> bool:
+        """Whether a foreign page may write and read."""
+        return origin.lower() in self.origins or "*" in self.origins
+
+    def knows(self, head: Head, token: str) -> bool:
+        """Whether the request carries this token (RFC 6750 §2.1), compared in a time that does not depend on where they
+        differ."""
+        import hmac  # only here: small systems have it in a package of its own
+        scheme, _, given = head.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip(" ").encode("latin-1"), token.encode("ascii"))
+
+
 class API:
-    """Answers requests. `clock` gives microseconds since 1970 UTC, `random_id` a fresh event id; `limits` is shown."""
+    """Answers requests. `clock` gives microseconds since 1970 UTC, `random_id` a fresh event id; `limits` is shown;
+    `access` may be replaced before the first request."""
 
     def __init__(self, pipeline: Pipeline, clock: Callable[[], int], random_id: Callable[[], str],
                  limits: Dict[str, Any]) -> None:
+        self.access = Access()
         self._pipeline = pipeline
         self._limits = limits
         self._clock = clock
@@ -1914,7 +2093,16 @@ class API:
 
     async def answer(self, request: Request, peer: str) -> Response:
         """The response to a request from the address `peer`. Never raises (but for cancellation)."""
+        response = await self._dispatch(request, peer)
+        origin = request.head.headers.get("origin")
+        if origin is not None and self.access.allows(origin):  # CORS, of the Fetch standard
+            response = response._replace(headers=response.headers + (
+                ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "Retry-After"), ("Vary", "Origin")))
+        return response
+
+    async def _dispatch(self, request: Request, peer: str) -> Response:
         try:
+            self.access.check(request.head)
             routes = self._exact.get(request.head.path)
             if routes is None and request.head.path[0] == "events" and len(request.head.path) >= 3:
                 routes = self._under_events
@@ -1939,7 +2127,11 @@ class API:
             routes = {route.method: route for route in ROUTES}
         if routes is None:
             raise HTTPError("not-found", "there is nothing here to ask about; GET / lists what there is")
-        return Response(204, headers=(("Allow", _allow(routes)),))
+        headers: Tuple[Tuple[str, str], ...] = (("Allow", _allow(routes)),)
+        if "access-control-request-method" in request.head.headers:  # a browser asks before it sends (CORS preflight)
+            headers += (("Access-Control-Allow-Methods", _allow(routes)), ("Access-Control-Max-Age", "600"),
+                        ("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"))
+        return Response(204, headers=headers)
 
     async def _index(self, request: Request, peer: str) -> Response:
         return Response(200, _json({"service": "aggregator", "version": __version__, "routes": [
@@ -1994,9 +2186,12 @@ class API:
             "topic": events[0].topic, "event_id": events[0].event_id, "verdict": verdict.kind, "seq": verdict.seq}))
 
     async def _list_events(self, request: Request, peer: str) -> Response:
+        if _flag(request, "follow", False):
+            return await self._follow(request)
+        if "after" in request.head.query:
+            raise HTTPError("bad-parameter", "after goes with follow=1; pages are turned with cursor")
         query = self._event_query(request)
-        accepted = [part.partition(";")[0].strip(" \t").lower() for part in request.head.headers.get("accept", "").split(",")]
-        if "application/x-ndjson" in accepted:
+        if _accepts(request, "application/x-ndjson"):
             if "limit" not in request.head.query:
                 query = query._replace(limit=PAGE_MAX)
             first = await self._pipeline.page(query, "\n")  # here, so that a failure is still a 503 and not half a list
@@ -2016,6 +2211,22 @@ class API:
                 return
             query = query._replace(after=page.next, limit=left if limited else PAGE_MAX)
             page = await self._pipeline.page(query, "\n")
+
+    async def _follow(self, request: Request) -> Response:
+        """A live tail: a line of JSON for each event, or Server-Sent Events (WHATWG HTML §9.2)."""
+        for name in ("since", "until", "limit", "cursor", "order"):
+            if name in request.head.query:
+                raise HTTPError("bad-parameter", f"{name} does not go with follow=1: it starts with after=SEQ and has no end")
+        # A browser that connects again names the last event it has; that is nearer than the `after` of its first address.
+        text = request.head.headers.get("last-event-id") or request.head.query.get("after")
+        if text is not None and _SEQ.fullmatch(text) is None:
+            raise HTTPError("bad-parameter", f"after, or Last-Event-ID, must be a seq, not {_shown(text)}")
+        query = self._event_query(request)
+        first = await self._pipeline.tail(query, None if text is None else int(text))
+        tails = self._pipeline.follow(query, first)
+        if _accepts(request, "text/event-stream"):
+            return Response(200, _server_sent_events(tails), "text/event-stream", (("Cache-Control", "no-store"),))
+        return Response(200, _json_lines(tails), "application/x-ndjson", (("Cache-Control", "no-store"),))
 
     def _event_query(self, request: Request) -> EventQuery:
         get = request.head.query.get
@@ -2073,6 +2284,28 @@ class API:
         if reason:
             raise HTTPError("store-unavailable", reason)
         return Response(200, b'{"status":"ok"}\n')
+
+
+async def _json_lines(tails: AsyncIterator[Tail]) -> AsyncIterator[bytes]:
+    async for tail in tails:
+        yield tail.lines.encode("utf-8") + b"\n"
+
+
+async def _server_sent_events(tails: AsyncIterator[Tail]) -> AsyncIterator[bytes]:
+    """`id` is the seq. One without data moves a browser's cursor and shows nothing (WHATWG HTML §9.2.6)."""
+    yield b"retry: %d\n\n" % FOLLOW_RETRY_MS
+    async for tail in tails:
+        if tail.seqs:
+            events = zip(tail.seqs, tail.lines.split("\n"))
+            yield "".join([f"id: {seq}\ndata: {line}\n\n" for seq, line in events]).encode("utf-8")
+        else:
+            yield b": keep-alive\nid: %d\n\n" % tail.through
+
+
+def _accepts(request: Request, media_type: str) -> bool:
+    """Whether the client names this media type; what it merely would not mind is served as JSON."""
+    accept = request.head.headers.get("accept", "")
+    return any(part.partition(";")[0].strip(" \t").lower() == media_type for part in accept.split(","))
 
 
 def _listed_verdicts(receipt: Receipt, explain: bool) -> bytes:
@@ -2185,9 +2418,11 @@ class Server:
         self._stopping = False
         self._date = (0, "")
 
-    async def bind(self, host: str, port: int) -> List[str]:
-        """Bind without listening yet; returns the addresses. Raises OSError."""
-        self._server = await asyncio.start_server(self._serve, host, port, limit=READ_BYTES, backlog=1024, start_serving=False)
+    async def bind(self, host: str, port: int, tls: Any = None) -> List[str]:
+        """Bind without listening yet, `tls` being an ssl.SSLContext or None; returns the addresses. Raises OSError."""
+        self._server = await asyncio.start_server(
+            self._serve, host, port, limit=READ_BYTES, backlog=1024, start_serving=False, ssl=tls,
+            ssl_handshake_timeout=HEAD_TIMEOUT_S if tls else None)
         return [("[{}]:{}" if ":" in name[0] else "{}:{}").format(*name[:2])
                 for name in (sock.getsockname() for sock in self._server.sockets or [])]
 
@@ -2301,6 +2536,7 @@ class Server:
                     writer.write(piece if http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
                     connection.phase, connection.since = "write", loop.time()
                     await writer.drain()
+                    connection.phase = "work"
             except Unavailable as error:  # the status is long gone: an unfinished body is the only honest signal left
                 log.error("a list was cut off: %s", error)
                 writer.transport.abort()
@@ -2382,6 +2618,24 @@ def _read_text(text: str) -> str:
     return text
 
 
+def _read_secret(text: str) -> str:
+    if re.fullmatch("[A-Za-z0-9._~+/=-]{1,512}", text) is None:  # RFC 6750 §2.1
+        raise ValueError("must be 1 to 512 letters, digits or -._~+/=")
+    return text
+
+
+def _read_names(text: str) -> FrozenSet[str]:
+    return frozenset(name.lower() for name in re.split("[ ,]+", text) if name)
+
+
+def _read_origins(text: str) -> FrozenSet[str]:
+    origins = _read_names(text)
+    for origin in origins:
+        if origin != "*" and re.fullmatch("[a-z][a-z0-9+.-]*://[^/]+", origin) is None:
+            raise ValueError("must hold origins such as https://example.org, without a path")
+    return origins
+
+
 SETTINGS = (
     Setting("--host", "HOST", "127.0.0.1", _read_text, "address to listen on; 0.0.0.0 for all"),
     Setting("--port", "PORT", "8000", _read_number(0, 65535), "port to listen on; 0 for any free one"),
@@ -2396,6 +2650,13 @@ SETTINGS = (
     Setting("--max-body", "MAX_BODY", str(MAX_BODY_BYTES), _read_number(1, 2 ** 30), "bytes of one body, also inflated"),
     Setting("--sync", "SYNC", "full", _read_choice("full", "normal"),
             "full: 202 survives a power cut; normal: only a crash of the process"),
+    Setting("--token", "AUTH_TOKEN", "", _read_secret, "only who sends this bearer token may publish and read"),
+    Setting("--read-token", "READ_TOKEN", "", _read_secret, "who sends this bearer token may read"),
+    Setting("--allow-origin", "ALLOW_ORIGIN", "", _read_origins, "web origins whose pages may write and read; * for all"),
+    Setting("--allow-host", "ALLOW_HOST", "", _read_names,
+            "further host names to answer to when bound to loopback; * for all"),
+    Setting("--tls-cert", "TLS_CERT", "", str, "PEM file with certificate chain, to speak HTTPS"),
+    Setting("--tls-key", "TLS_KEY", "", str, "PEM file with its private key, if not in the same file"),
     Setting("--log-level", "LOG_LEVEL", "INFO", lambda text: _read_choice("debug", "info", "warning", "error")(text).upper(),
             "debug, info, warning or error"),
 )
@@ -2427,10 +2688,15 @@ def read_settings(command: str, arguments: Sequence[str], environment: Dict[str,
         text, origin = given[name], setting.flag
         if text is None and environment.get(setting.variable, "") != "":
             text, origin = environment[setting.variable], "environment variable " + setting.variable
+        text = setting.default or None if text is None else text
         try:
-            settings[name] = setting.read(setting.default if text is None else text)
+            settings[name] = setting.read(text) if text is not None else ""  # without a default: unset
         except ValueError as error:
-            parser.exit(2, f"aggregator.py: {origin} {error}: {_shown(text)}\n")
+            parser.exit(2, "aggregator.py: {} {}{}\n".format(origin, error, "" if setting.read is _read_secret else
+                                                             ": " + _shown(text)))
+    for flag, needed in (("read_token", "token"), ("tls_key", "tls_cert")):
+        if settings.get(flag) and not settings[needed]:
+            parser.error("--{} needs --{}".format(flag, needed).replace("_", "-"))
     return settings
 
 
@@ -2450,6 +2716,30 @@ def _random_id() -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
+def _tls(settings: Dict[str, Any]) -> Any:
+    """The TLS side of the socket, from the standard library, or None. Raises ValueError."""
+    if not settings["tls_cert"]:
+        return None
+    import ssl  # only here: it costs memory, and small systems have it in a package of its own
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
+    try:
+        context.load_cert_chain(settings["tls_cert"], settings["tls_key"] or None)
+    except OSError as error:
+        raise ValueError("cannot load --tls-cert {} and its key: {}".format(settings["tls_cert"], error))
+    return context
+
+
+def _access(settings: Dict[str, Any], addresses: Sequence[str]) -> Access:
+    """Who may do what, given where we listen; and a warning if that is everyone from everywhere."""
+    local = all(address.startswith(("127.", "[::1]")) for address in addresses)
+    if not local and not settings["token"]:
+        log.warning("OPEN - %s can be reached from other machines and there is no --token: whoever reaches it may publish and"
+                    " read", ", ".join(addresses))
+    names = {"localhost", "127.0.0.1", "[::1]", settings["host"].lower()} | set(settings["allow_host"]) if local else ()
+    return Access(settings["token"], settings["read_token"], frozenset(names), frozenset(settings["allow_origin"]))
+
+
 async def serve(settings: Dict[str, Any]) -> int:
     """Run until SIGTERM or SIGINT; the exit status. Raises OSError and StoreError for what keeps it from starting."""
     loop = asyncio.get_running_loop()
@@ -2467,14 +2757,20 @@ async def serve(settings: Dict[str, Any]) -> int:
     limits = {"queue_max_size": settings["queue_max_size"], "max_events_per_topic": settings["max_events_per_topic"],
               "retention_seconds": settings["retention"] / 1e6, "max_body": settings["max_body"],
               "dedup_retention_seconds": settings["dedup_retention"] / 1e6}
-    server = Server(API(pipeline, _clock_us, _random_id, limits), time.time, settings["max_body"])
-    addresses = await server.bind(settings["host"], settings["port"])  # first, so that a taken port leaves the file alone
+    api = API(pipeline, _clock_us, _random_id, limits)
+    server = Server(api, time.time, settings["max_body"])
+    # Before the store is opened, so that a taken port leaves the file alone.
+    addresses = await server.bind(settings["host"], settings["port"], _tls(settings))
+    api.access = _access(settings, addresses)
     await pipeline.start()
     await server.listen()
-    log.info("LISTENING - http://%s, store %s, %s", ", http://".join(addresses), os.path.realpath(settings["db"]), versions())
+    scheme = "https://" if settings["tls_cert"] else "http://"
+    log.info("LISTENING - %s, store %s, %s", ", ".join(scheme + address for address in addresses),
+             os.path.realpath(settings["db"]), versions())
     await stop.wait()
     log.info("STOPPING - 1. no more connections, 2. finish requests, 3. drain the queue, 4. commit, 5. close")
     started = loop.time()
+    pipeline.end_followers()
     await server.stop(STOP_REQUESTS_S)
     drained = await pipeline.stop(STOP_DRAIN_S)
     log.info("STOPPED - after %.2f s%s", loop.time() - started, "" if drained else "; the queue was not empty")
@@ -2512,7 +2808,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     gc.set_threshold(50_000, 50, 50)
     try:
         return asyncio.run(serve(settings))
-    except (StoreError, OSError, OverflowError) as error:
+    except (StoreError, OSError, OverflowError, ValueError) as error:
         where = "{}:{}: ".format(settings["host"], settings["port"]) if isinstance(error, OSError) else ""
         sys.stderr.write("aggregator.py: {}{}\n".format(where, getattr(error, "strerror", None) or error))
         return 1

@@ -78,9 +78,11 @@ def defined_names():
 def test_only_the_standard_library_is_imported():
     imported = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    at_once = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
+    assert imported - at_once - {"hashlib", "collections", "typing"} == {"hmac", "ssl"}  # where they are needed, and nowhere else
     assert imported == {"argparse", "asyncio", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
                         "contextlib", "gc", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time",
-                        "typing", "zlib"}
+                        "typing", "zlib", "hmac", "ssl"}
     assert "dependencies = []" in SOURCE
 
 
@@ -1374,7 +1376,8 @@ def test_a_gzip_body_of_more_members_than_the_limit_is_refused():  # each costs 
 
 
 DATE = "Thu, 01 Jan 1970 00:00:00 GMT"
-TOP = b"Date: " + DATE.encode() + b"\r\nServer: aggregator/" + aggregator.__version__.encode() + b"\r\n"
+TOP = (b"Date: " + DATE.encode() + b"\r\nServer: aggregator/" + aggregator.__version__.encode()
+       + b"\r\nX-Content-Type-Options: nosniff\r\n")
 JSON = b"Content-Type: application/json\r\n"
 
 
@@ -1494,6 +1497,7 @@ class Desk:
         return [each["event_id"] for each in answer.json["events"]]
 
     def close(self):
+        self.api.access = aggregator.Access()
         stats = self.ask("GET", "/stats").json
         assert self.loop.run_until_complete(self.pipeline.stop(5))
         self.loop.close()
@@ -1853,6 +1857,219 @@ def test_every_problem_has_a_status_with_a_reason():
         assert 400 <= status < 600 and aggregator.REASONS[status] and title
 
 
+# Who may do what
+
+SECRET, READING = ("Authorization: Bearer s3cret",), ("Authorization: bearer r34d",)
+ONE = {"topic": "t", "event_id": "1", "timestamp": "2026-01-01", "source": "s", "payload": {}}
+
+
+@pytest.mark.parametrize("method, target, headers, status", [
+    ("GET", "/stats", SECRET, 200), ("GET", "/stats", READING, 200), ("GET", "/stats", (), 401), ("HEAD", "/events", (), 401),
+    ("GET", "/events?follow=1", (), 401), ("GET", "/stats", ("Authorization: Bearer s3cret2",), 401),
+    ("GET", "/stats", ("Authorization: Basic s3cret",), 401), ("GET", "/stats", ("Authorization: s3cret",), 401),
+    ("GET", "/stats", ("Authorization: Bearer",), 401), ("GET", "/stats", ("Authorization: Bearer \xe9",), 401),
+    ("GET", "/stats", SECRET * 2, 401), ("POST", "/publish", SECRET, 202), ("POST", "/publish", READING, 403),
+    ("POST", "/publish", (), 401), ("PUT", "/events/t/1", READING, 403), ("PUT", "/events/t/2", SECRET, 201),
+    ("GET", "/nothing", (), 401), ("GET", "/health", (), 200), ("GET", "/", (), 200), ("OPTIONS", "/publish", (), 204)])
+def test_with_a_token_only_its_bearer_may_publish_and_read(desk, method, target, headers, status):
+    desk.api.access = aggregator.Access("s3cret", "r34d")
+    answer = desk.ask(method, target, ONE, headers)
+    assert answer.status == status
+    assert answer.headers.get("WWW-Authenticate", "").startswith("Bearer") == (status in (401, 403))
+    desk.api.access = aggregator.Access()
+    assert len(desk.listed()) == (status in (201, 202))
+
+
+@pytest.mark.parametrize("origin, allowed, status", [
+    ("http://x", (), 202), ("https://X", (), 202), ("http://x:81", (), 403), ("http://evil.example", (), 403), ("null", (), 403),
+    ("http://x.evil.example", (), 403), ("https://a.example", ("https://a.example",), 202), ("null", ("*",), 202),
+    ("http://a.example", ("https://a.example",), 403)])
+def test_a_page_of_another_site_cannot_publish_unless_it_is_allowed_to(desk, origin, allowed, status):
+    desk.api.access = aggregator.Access(origins=frozenset(allowed))
+    answer = desk.ask("POST", "/publish", ONE, ("Origin: " + origin,))
+    assert answer.status == status and len(desk.listed()) == (status == 202)
+    shared = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if allowed and status == 202 else {}
+    assert {name: answer.headers[name] for name in ("Access-Control-Allow-Origin", "Vary") if name in answer.headers} == shared
+    read = desk.ask("GET", "/events", b"", ("Origin: " + origin,))
+    assert read.status == 200 and ("Access-Control-Allow-Origin" in read.headers) == bool(shared)
+
+
+def test_a_browser_that_asks_before_it_sends_is_told_what_it_may(desk):
+    asks = ("Origin: https://a.example", "Access-Control-Request-Method: POST")
+    assert "Access-Control-Allow-Origin" not in desk.ask("OPTIONS", "/publish", b"", asks).headers
+    desk.api.access = aggregator.Access(token="s3cret", origins=frozenset(["https://a.example"]))
+    answer = desk.ask("OPTIONS", "/publish", b"", asks)
+    assert answer.status == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+    assert "Authorization" in answer.headers["Access-Control-Allow-Headers"]
+
+
+@pytest.mark.parametrize("host, known", [
+    ("localhost", True), ("LOCALHOST:8000", True), ("127.0.0.1:1", True), ("[::1]:8000", True), ("[::1]", True),
+    ("nas.lan", True), ("evil.example", False), ("evil.example:8000", False),
+    ("localhost.evil.example", False), ("[::2]:8000", False)])
+def test_on_loopback_a_name_that_is_not_ours_is_refused(desk, host, known):
+    desk.api.access = aggregator.Access(hosts=frozenset(["localhost", "127.0.0.1", "[::1]", "nas.lan"]))
+    answer = desk.ask("GET", "http://{}/stats".format(host))
+    assert answer.status == (200 if known else 421)
+    desk.api.access = aggregator.Access(hosts=frozenset(["localhost", "*"]))
+    assert desk.ask("GET", "http://{}/stats".format(host)).status == 200
+
+
+# Following
+
+
+async def pieces_of(desk, target, headers=()):
+    """The pieces of a stream, one at a time."""
+    parser = aggregator.RequestParser()
+    parser.feed("\r\n".join(("GET {} HTTP/1.1".format(target), "Host: x") + tuple(headers) + ("", "")).encode())
+    response = await desk.api.answer(parser.next_request(), "peer")
+    assert response.status == 200, response.body
+    async for piece in response.body:
+        yield piece
+
+
+def test_a_follower_gets_what_was_stored_and_what_comes_once_each_and_in_order(desk):
+    async def scenario():
+        seqs = []
+        async for piece in pieces_of(desk, "/events?follow=1&after=2"):
+            seqs += [json.loads(line)["seq"] for line in piece.decode().splitlines()]
+            if len(seqs) == 3:
+                await desk._ask("POST", "/publish", [sample("2"), sample("6"), sample("7")])
+            if len(seqs) == 5:
+                await desk._ask("POST", "/publish", [sample(str(n)) for n in range(8, 2500)])
+            if len(seqs) == 2497:
+                return seqs
+    desk.pipeline.max_events = 5000
+    desk.publish(*[sample(str(n)) for n in range(1, 6)])
+    assert desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)) == list(range(3, 2500))
+
+
+def test_without_a_cursor_following_starts_now(desk):
+    async def scenario():
+        stream = pieces_of(desk, "/events?follow=1")
+        first = asyncio.ensure_future(stream.__anext__())
+        while not desk.pipeline.followers:
+            await asyncio.sleep(0)
+        await desk._ask("POST", "/publish", sample("new"))
+        piece = await first
+        await stream.aclose()
+        return piece
+    desk.publish(sample("old"))
+    assert json.loads(desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)).decode())["event_id"] == "new"
+
+
+@pytest.mark.parametrize("query, expected", [
+    ("topic=a", ["1", "4"]), ("topic=a*", ["1", "2", "4"]), ("source=y", ["2", "3"]), ("topic=ab&source=y", ["2"]),
+    ("", list("1234"))])
+def test_a_follower_sees_only_what_it_asked_for(desk, query, expected):
+    async def scenario():
+        async for piece in pieces_of(desk, "/events?follow=1&after=0&" + query):
+            return [json.loads(line)["event_id"] for line in piece.decode().splitlines()]
+    for event_id, topic, source in (("1", "a", "x"), ("2", "ab", "y"), ("3", "b", "y"), ("4", "a", "x")):
+        desk.publish(sample(event_id, topic=topic, source=source))
+    assert desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)) == expected
+
+
+def test_server_sent_events_carry_the_seq_as_their_id_and_resume_behind_it(desk):
+    async def scenario():
+        text = b""
+        headers = ("Accept: text/event-stream", "Last-Event-ID: 1")
+        async for piece in pieces_of(desk, "/events?follow=1&after=0", headers):  # the header is nearer than the address
+            text += piece
+            if text.count(b"\n\n") == 3:
+                return text.decode()
+    desk.publish(sample("1"), sample("2", payload={"text": "line\nline\r\n\u2028"}), sample("3"))
+    blocks = desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)).split("\n\n")
+    assert blocks[0] == "retry: 2000" and blocks[3] == ""
+    for seq, block in ((2, blocks[1]), (3, blocks[2])):
+        fields = [line.partition(": ") for line in block.split("\n")]
+        assert [name for name, _, _ in fields] == ["id", "data"] and fields[0][2] == str(seq)
+        assert json.loads(fields[1][2])["seq"] == seq
+
+
+def test_a_silent_tail_says_that_it_lives_and_moves_the_browsers_cursor(desk, monkeypatch):
+    monkeypatch.setattr(aggregator, "FOLLOW_KEEP_ALIVE_S", 0.01)
+
+    async def scenario(headers):
+        found = []
+        async for piece in pieces_of(desk, "/events?follow=1&topic=none", headers):
+            found.append(piece)
+            if len(found) == 3:
+                return found
+    desk.publish(sample("1"), sample("2"))
+    assert desk.loop.run_until_complete(asyncio.wait_for(scenario(()), 20)) == [b"\n"] * 3
+    assert desk.loop.run_until_complete(asyncio.wait_for(scenario(("Accept: text/event-stream",)), 20))[1:] == [
+        b": keep-alive\nid: 2\n\n"] * 2
+
+
+@pytest.mark.parametrize("target, headers, detail", [
+    ("/events?follow=1&after=3", (), "the newest is 2"), ("/events?follow=1&after=-1", (), "must be a seq"),
+    ("/events?follow=1", ("Last-Event-ID: x",), "must be a seq"), ("/events?after=1", (), "follow=1"),
+    ("/events?follow=1&limit=5", (), "limit"), ("/events?follow=1&cursor=a1.1", (), "cursor"),
+    ("/events?follow=2", (), "0 or 1")])
+def test_a_cursor_that_makes_no_sense_is_refused(desk, target, headers, detail):
+    desk.publish(sample("1"), sample("2"))
+    answer = desk.ask("GET", target, b"", headers)
+    assert answer.status == 400 and detail in answer.json["detail"]
+
+
+def test_a_cursor_older_than_retention_is_told_what_is_gone(make_desk):
+    desk = make_desk(retention_us=1_000_000)
+
+    async def rest(after):
+        async for piece in pieces_of(desk, "/events?follow=1&after={}".format(after)):
+            return [json.loads(line)["seq"] for line in piece.decode().splitlines()]
+    desk.publish(*[sample(str(n)) for n in range(10)])
+    desk.now += 2_000_000
+    desk.publish(sample("late"), sample("later"))
+    while desk.loop.run_until_complete(desk.pipeline._ask(desk.pipeline._writer, desk.pipeline._store.tidy, desk.now)):
+        pass
+    answer = desk.ask("GET", "/events?follow=1&after=4")
+    assert answer.status == 410 and answer.json["oldest_seq"] == 11 and "after=10" in answer.json["detail"]
+    assert desk.loop.run_until_complete(asyncio.wait_for(rest(10), 20)) == [11, 12]
+
+
+def test_a_slow_follower_that_retention_overtakes_is_ended_and_not_skipped_ahead(make_desk):
+    desk = make_desk(retention_us=1_000_000, max_events=5000)
+
+    async def scenario():
+        seqs = []
+        async for piece in pieces_of(desk, "/events?follow=1&after=0"):
+            if not seqs:  # it took the first page, and while it does nothing all the rest goes
+                desk.now += 5_000_000
+                while await desk.pipeline._ask(desk.pipeline._writer, desk.pipeline._store.tidy, desk.now):
+                    pass
+                await desk._ask("POST", "/publish", sample("new"))
+            seqs += [json.loads(line)["seq"] for line in piece.decode().splitlines()]
+        return seqs
+    desk.publish(*[sample(str(n)) for n in range(2500)])
+    assert desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)) == list(range(1, 1001))
+
+
+def test_followers_that_wait_for_the_same_share_one_look_into_the_store(desk):
+    looks = []
+    look = desk.pipeline._reader.tail
+
+    def counted(query, after):
+        looks.append(after)
+        return look(query, after)
+
+    async def follower():
+        async for piece in pieces_of(desk, "/events?follow=1"):
+            return piece
+
+    async def scenario():
+        tasks = [asyncio.ensure_future(follower()) for _ in range(50)]
+        while desk.pipeline.followers < 50:
+            await asyncio.sleep(0)
+        await desk._ask("POST", "/publish", [sample("1"), sample("2")])
+        return await asyncio.gather(*tasks)
+    desk.pipeline._reader.tail = counted
+    found = desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20))
+    assert len(set(found)) == 1 and found[0].count(b"\n") == 2 and len(looks) == 2
+
+
 # ======================================================================================================================
 # §9 Server: real sockets, and clients that know nothing of ours
 # ======================================================================================================================
@@ -1869,7 +2086,7 @@ class Site:
     async def _run(self):
         def clock():
             return time.time_ns() // 1000
-        pipeline = aggregator.Pipeline(lambda: aggregator.Store(self._path), clock)
+        self.pipeline = pipeline = aggregator.Pipeline(lambda: aggregator.Store(self._path), clock)
         self.server = aggregator.Server(aggregator.API(pipeline, clock, lambda: "id", {}), time.time, **self._options)
         self.port = int((await self.server.bind("127.0.0.1", 0))[0].rpartition(":")[2])
         await pipeline.start()
@@ -2224,6 +2441,34 @@ def test_curl_publishes_puts_and_lists(site, tmp_path):
     assert len(curl("-H", "Accept: application/x-ndjson", url + "/events?topic=t").splitlines()) == 1500
 
 
+def test_a_slow_follower_loses_nothing_and_holds_nobody_up(site):
+    slow = dial(site.port, b"GET /events?follow=1&after=0 HTTP/1.1\r\nHost: localhost\r\n\r\n", receive_bytes=4096)
+    for n in range(40):
+        batch = [sample(f"{n}-{m}", payload={"filling": "x" * 2000}) for m in range(100)]
+        assert fetch(site.port, "POST", "/publish", batch).status == 202  # 8 MB in all, and nobody reads
+    data = bytearray()
+    while b'{"seq":4000,' not in data[-10_000:]:
+        data += slow.recv(1 << 16)
+    slow.close()
+    found = re.findall(rb'\{"seq":([0-9]+),', data)
+    assert found == [b"%d" % n for n in range(1, 4001)]
+
+
+def test_a_stop_ends_the_live_tails_at_once_and_whole(open_site):
+    site = open_site({"LINGER_TIMEOUT_S": 0.5})
+    follower = dial(site.port, b"GET /events?follow=1&after=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert fetch(site.port, "POST", "/publish", sample("1")).status == 202
+    data = b""
+    while b'"seq":1' not in data:
+        data += follower.recv(65536)
+    site._loop.call_soon_threadsafe(site.pipeline.end_followers)
+    while not data.endswith(b"\r\n0\r\n\r\n"):
+        piece = follower.recv(65536)
+        assert piece
+        data += piece
+    follower.close()
+
+
 # ======================================================================================================================
 # The whole program, as a process
 # ======================================================================================================================
@@ -2240,7 +2485,7 @@ class Program:
         found, deadline = None, time.monotonic() + 20
         while found is None and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-            found = re.search(r"LISTENING - http://127\.0\.0\.1:([0-9]+).*\n", self.read_log())
+            found = re.search(r"LISTENING - https?://127\.0\.0\.1:([0-9]+).*\n", self.read_log())
         if found is None:
             self.kill()
             raise AssertionError(self.read_log())
@@ -2567,3 +2812,71 @@ def test_a_disordered_replay_with_repeats_and_mixed_offsets_is_stored_once_in_or
     assert [row["timestamp"] for row in rows] == sorted(aggregator.format_timestamp(instant) for instant, _ in events)
     assert {(row["event_id"], row["payload"]["n"]) for row in rows} == {(f"e{n:04d}", n) for n in range(700)}
     assert_sound(program.db)
+
+
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgzKYGczbK85YGBHxc
+nXn1z0OkmWpIrSVVoxuXlNEZ9SGhRANCAARey/GveSR9RhVdNS6B3aF9WKYsE3eS
+pgxZo8H0UW9FWJo1IVEqyY5IxN3NOBszePJbAsm9Vw+UtBiTleeyyIdR
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUKVITFsByyLPM4s43NuL5rUx37Z8wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzA4Mjk0MFoYDzIxMjYxMDMw
+MDgyOTQwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARey/GveSR9RhVdNS6B3aF9WKYsE3eSpgxZo8H0UW9FWJo1IVEqyY5I
+xN3NOBszePJbAsm9Vw+UtBiTleeyyIdRo28wbTAdBgNVHQ4EFgQUlHGG4bkkJT1y
+Xxqodo2/f7wdYawwHwYDVR0jBBgwFoAUlHGG4bkkJT1yXxqodo2/f7wdYawwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgOg8EAQOBtsM1UXiDd5FkAAM+ji5/B1lWlTwr06vkQ9kCIAeM
+6YLtc29nnf3eofwhKCR5T2ynEsRFMo7OaJsPEZ30
+-----END CERTIFICATE-----
+"""  # of localhost, for these tests only
+
+
+def test_https_is_spoken_with_a_certificate_and_a_bad_one_is_refused(tmp_path):
+    certificate = tmp_path / "both.pem"
+    certificate.write_text(CERTIFICATE)
+    import ssl
+    context = ssl.create_default_context(cafile=str(certificate))
+    context.check_hostname = False
+    with Program(tmp_path / "store.db", "--tls-cert", str(certificate)) as program:
+        connection = http.client.HTTPSConnection("127.0.0.1", program.port, timeout=10, context=context)
+        connection.request("POST", "/publish", json.dumps(sample("1")))
+        assert connection.getresponse().status == 202
+        connection.close()
+        plain = dial(program.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" not in read_all(plain)
+        assert program.end() == 0
+    (tmp_path / "bad.pem").write_text("nothing")
+    assert_refused(run("--tls-cert", str(tmp_path / "bad.pem"), "--db", str(tmp_path / "b.db")), 1, "cannot load --tls-cert")
+
+
+def test_what_everyone_can_reach_without_a_token_is_warned_about(tmp_path):
+    for flags, warned in ((("--host", "0.0.0.0"), True), (("--host", "0.0.0.0", "--token", "s3cret"), False), ((), False)):
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--db", str(tmp_path / "s.db"), *flags],
+                                   stderr=subprocess.PIPE, text=True, env=clean_environment())
+        lines = []
+        while not any("LISTENING" in line for line in lines):
+            lines.append(process.stderr.readline())
+            assert lines[-1]
+        process.terminate()
+        rest = process.communicate(timeout=10)[1]
+        assert ("OPEN - 0.0.0.0:" in "".join(lines)) == warned and "s3cret" not in "".join(lines) + rest
+
+
+@pytest.mark.parametrize("flags, env, message", [
+    (["--token", ""], {}, "--token must be 1 to 512"), (["--read-token", "r"], {}, "--read-token needs --token"),
+    (["--tls-key", "k"], {}, "--tls-key needs --tls-cert"), ([], {"AUTH_TOKEN": "a b"}, "AUTH_TOKEN must be 1 to 512"),
+    (["--allow-origin", "a.example"], {}, "origins such as https://example.org")])
+def test_access_settings_that_cannot_be_meant_are_refused_and_no_secret_is_shown(flags, env, message):
+    found = run(*flags, **env)
+    assert_refused(found, 2, message)
+    assert "a b" not in found.stderr
+
+
+def test_an_unknown_host_is_refused_on_loopback_and_taken_where_allowed(tmp_path):
+    for flags, status in (((), 421), (("--allow-host", "nas.lan other"), 200)):
+        with Program(tmp_path / "store.db", *flags) as program:
+            assert fetch(program.port, "GET", "/stats", headers={"Host": "nas.lan:80"}).status == status
+            assert fetch(program.port, "GET", "/stats", headers={"Host": "localhost:80"}).status == 200
