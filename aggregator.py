@@ -33,6 +33,7 @@ came for it may skip §5 to §11.
 """
 import argparse
 import asyncio
+import bisect
 import concurrent.futures
 import contextlib
 import datetime
@@ -107,6 +108,7 @@ CHECKPOINT_PAGES = 2000  # WAL pages of 4 KB after which a commit also writes th
 DELAY_BOUNDS_S = (1, 10, 60, 120, 300, 600, 3600, 21_600, 86_400, 604_800, 2_592_000)  # of the duplicate-delay histogram
 DEDUP_WINDOWS = ((120, "NATS JetStream, default"), (300, "Amazon SQS FIFO"), (600, "Azure Service Bus, default"))
 DUPLICATES_KEPT = 500  # the last duplicates, in memory, for GET /duplicates
+GAPS_KEPT = 500  # missing ranges of sequence numbers remembered for each source; beyond it the lowest is given up
 
 TRIM_ROWS = 500  # rows that one step of retention removes, about 10 ms
 TIDY_INTERVAL_S = 1.0  # how often retention looks for work when nothing is published
@@ -585,7 +587,7 @@ class Decision(NamedTuple):
 
 SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x41474752  # "AGGR" in the file header (SQLite file format §1.3.16)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOTALL)  # user_version, application_id
 
 _SCHEMA = """
@@ -602,6 +604,9 @@ CREATE TABLE progress(part TEXT PRIMARY KEY, through INTEGER NOT NULL) WITHOUT R
 CREATE TABLE stats(
     kind TEXT NOT NULL, name TEXT NOT NULL, uniques INTEGER NOT NULL, duplicates INTEGER NOT NULL,
     conflicts INTEGER NOT NULL, removed INTEGER NOT NULL, PRIMARY KEY(kind, name)) WITHOUT ROWID;
+CREATE TABLE sequences(
+    source TEXT PRIMARY KEY, newest INTEGER NOT NULL, missing INTEGER NOT NULL, given_up INTEGER NOT NULL,
+    ranges TEXT NOT NULL) WITHOUT ROWID;
 INSERT INTO stats VALUES('total', '', 0, 0, 0, 0)
 """
 _SCHEMA_RECENT = ("CREATE TABLE recent.ids(key BLOB PRIMARY KEY, seq INTEGER NOT NULL, fingerprint INTEGER NOT NULL,"
@@ -623,6 +628,9 @@ _REMOVE = tuple(text + " IN (SELECT value FROM json_each(?))" + end for text, en
     ("DELETE FROM listing WHERE (topic, timestamp, seq) IN (SELECT topic, timestamp, seq FROM processed_events WHERE seq", ")"),
     ("DELETE FROM by_time WHERE (timestamp, seq) IN (SELECT timestamp, seq FROM processed_events WHERE seq", ")"),
     ("DELETE FROM processed_events WHERE seq", "")))
+_SEQUENCES = ("WITH wanted(k) AS (VALUES {rows}) SELECT json_group_object(k, json_array(newest, given_up, json(ranges))) FROM"
+              " wanted CROSS JOIN sequences ON source = k")
+_TRACK = "INSERT OR REPLACE INTO sequences(source, newest, missing, given_up, ranges) VALUES {rows}"
 _PROGRESS = "UPDATE progress SET through = ? WHERE part = ?"
 _COUNT = ("INSERT INTO stats(kind, name, uniques, duplicates, conflicts, removed) VALUES {rows} ON CONFLICT(kind, name) DO"
           " UPDATE SET uniques = uniques + excluded.uniques, duplicates = duplicates + excluded.duplicates,"
@@ -849,6 +857,7 @@ class Store:
             if fresh:
                 _run(self._db, _APPEND, [(seq, now_us) + each for seq, each in enumerate(fresh, first_seq)])
                 self._db.execute(_LEARN, (self._state.last_seq,))
+                self._track([each for each in fresh if each.sequence is not None])
             self._count(records, repeats, now_us)
             state = self._list(self._merge(state, len(fresh), now_us), LIST_ROWS)
             state = self._trim(state, now_us, 2 * len(fresh))
@@ -890,6 +899,24 @@ class Store:
              + [("delay", name, 0, n, 0, 0) for name, n in delays.items()])
         if self._max_per_topic:
             self._over.update(topics)
+
+    def _track(self, numbered: Sequence[Record]) -> None:
+        """Keep account of which sequence numbers each source has left out."""
+        numbers: Dict[str, Set[int]] = {}
+        for each in numbered:
+            numbers.setdefault(each.source, set()).add(each.sequence or 0)
+        if not numbers:
+            return
+        rows, known = [], {}  # type: Tuple[List[Tuple[Any, ...]], Dict[str, Any]]
+        for found in _in_rows(self._db, _SEQUENCES, [(source,) for source in numbers]):
+            known.update(json.loads(found))
+        for source, arrived in numbers.items():
+            newest, given_up, ranges = known.get(source, (min(arrived) - 1, 0, []))
+            newest, ranges = close_gaps(newest, ranges, sorted(arrived))
+            given_up += sum([last - first + 1 for first, last in ranges[:-GAPS_KEPT]])
+            ranges = ranges[-GAPS_KEPT:]
+            rows.append((source, newest, sum([last - first + 1 for first, last in ranges]), given_up, json.dumps(ranges)))
+        _run(self._db, _TRACK, rows)
 
     def _merge(self, state: "_State", incoming: int, now_us: int) -> "_State":
         """Move the slice that has waited longest from `recent.ids` to `seen`, if there are more than RECENT_IDS keys; more
@@ -990,6 +1017,28 @@ class Store:
             self._owner.close()
 
 
+def close_gaps(newest: int, ranges: Sequence[Sequence[int]], arrived: Sequence[int]) -> Tuple[int, List[List[int]]]:
+    """The highest number and the missing ranges (first and last, ascending) once the `arrived` numbers, ascending, have come.
+
+    >>> close_gaps(5, [], [6, 9])
+    (9, [[7, 8]])
+    >>> close_gaps(9, [[2, 2], [4, 8]], [2, 6])
+    (9, [[4, 5], [7, 8]])
+    """
+    missing = [list(each) for each in ranges]
+    for number in arrived:
+        if number > newest:
+            if number > newest + 1:
+                missing.append([newest + 1, number - 1])
+            newest = number
+        else:
+            at = bisect.bisect_right(missing, [number, MAX_SEQUENCE]) - 1  # the last range that begins at or before it
+            if at >= 0 and number <= missing[at][1]:
+                first, last = missing[at]
+                missing[at:at + 1] = [part for part in ([first, number - 1], [number + 1, last]) if part[0] <= part[1]]
+    return newest, missing
+
+
 def _delay_bucket(delay_us: int) -> str:
     """The histogram bucket of a duplicate's delay: the least bound in seconds that is not below it, or "inf"."""
     for bound in DELAY_BOUNDS_S:
@@ -1034,6 +1083,9 @@ _CHECKS = (
     ("the books balance: every topic counts what it holds",
      "SELECT count(*) FROM stats AS t LEFT JOIN (SELECT topic, count(*) AS n FROM processed_events GROUP BY topic) AS e ON"
      " e.topic = t.name WHERE kind = 'topic' AND uniques - removed <> ifnull(n, 0)"),
+    ("every source's missing sequence numbers are counted",
+     "SELECT count(*) FROM sequences WHERE missing <> (SELECT ifnull(sum(json_extract(value, '$[1]') + 1"
+     " - json_extract(value, '$[0]')), 0) FROM json_each(ranges))"),
     ("every payload can be read back", "SELECT count(*) FROM processed_events WHERE NOT json_valid(payload)"))
 
 
@@ -1152,6 +1204,17 @@ class Reader:
             found = self._db.execute(f"SELECT {_LINE} FROM processed_events AS e WHERE seq = ?", (seq,)).fetchone()
         return found[0] if found else None
 
+    def gaps(self, source: Optional[str], limit: int) -> List[Dict[str, Any]]:
+        """The sources that left out sequence numbers, most missing first: what is missing as [first, last], the last
+        PAGE_DEFAULT ranges of each."""
+        with _transaction(self._db, "DEFERRED"):
+            found = json.loads(self._db.execute(
+                "SELECT json_group_array(json_array(source, newest, missing, given_up, json(ranges))) FROM (SELECT * FROM"
+                " sequences WHERE missing + given_up > 0 AND source = ifnull(?1, source) ORDER BY missing DESC, source LIMIT ?2)",
+                (source, limit)).fetchone()[0])
+        return [{"source": name, "newest": newest, "missing_count": missing, "given_up": given_up,
+                 "missing": ranges[-PAGE_DEFAULT:]} for name, newest, missing, given_up, ranges in found]
+
     def stats(self) -> Dict[str, Any]:
         """The totals, the topics with most events, the sources with most duplicates, the duplicates by delay, and the size
         of the store in bytes, all from one snapshot."""
@@ -1162,8 +1225,9 @@ class Reader:
                 " FROM (SELECT * FROM stats WHERE kind = 'topic' ORDER BY uniques DESC, name LIMIT ?1)), 'sources', (SELECT"
                 " json_group_array(json_array(name, uniques, duplicates)) FROM (SELECT * FROM stats WHERE kind = 'source'"
                 " ORDER BY duplicates DESC, name LIMIT ?1)), 'delays', (SELECT json_group_object(name, duplicates) FROM stats"
-                " WHERE kind = 'delay'), 'names', (SELECT json_group_object(kind, n) FROM (SELECT kind, count(*) AS n FROM"
-                " stats GROUP BY kind)))", (STATS_MAX_NAMES,)).fetchone()[0])
+                " WHERE kind = 'delay'), 'missing', (SELECT total(missing) FROM sequences), 'names', (SELECT"
+                " json_group_object(kind, n) FROM (SELECT kind, count(*) AS n FROM stats GROUP BY kind)))",
+                (STATS_MAX_NAMES,)).fetchone()[0])
         unique, duplicates, conflicts, removed = found["total"]
         delays = [(bound, found["delays"].get(str(bound), 0)) for bound in DELAY_BOUNDS_S + ("inf",)]
         return {
@@ -1172,7 +1236,7 @@ class Reader:
             "topics": {name: {"unique": n, "duplicates": d, "stored": s} for name, n, d, s in found["topics"]},
             "topics_total": found["names"].get("topic", 0),
             "sources": {name: {"unique": n, "duplicates": d} for name, n, d in found["sources"]},
-            "sources_total": found["names"].get("source", 0),
+            "sources_total": found["names"].get("source", 0), "gaps": int(found["missing"]),
             "duplicate_delay_seconds": {str(bound): n for bound, n in delays},
             "windows": [{"window_seconds": window, "like": like, "would_have_stored_twice": sum(
                 n for bound, n in delays if isinstance(bound, str) or bound > window)} for window, like in DEDUP_WINDOWS],
@@ -1450,6 +1514,11 @@ class Pipeline:
         it. Raises Unavailable."""
         seq = await self._ask(self._writer, self._store.locate, topic, event_id)
         return seq, None if seq is None else await self._ask(self._reading, self._reader.event, seq)
+
+    async def gaps(self, source: Optional[str], limit: int) -> List[Dict[str, Any]]:
+        """What sources left out, see Reader.gaps. Raises Unavailable."""
+        found: List[Dict[str, Any]] = await self._ask(self._reading, self._reader.gaps, source, limit)
+        return found
 
     async def stats(self) -> Dict[str, Any]:
         """The books, balanced: what the store has counted, and what is taken and not yet counted. Raises Unavailable."""
@@ -1949,6 +2018,7 @@ ROUTES = (
            "follow", "after"), "List events by time, or follow them as they come"),
     Route("GET", "/events/{topic}/{event_id}", "get_event", (), "Read one event"),
     Route("GET", "/duplicates", "list_duplicates", ("limit",), "The last duplicates, the latest first"),
+    Route("GET", "/gaps", "gaps", ("source", "limit"), "Sequence numbers that sources have left out"),
     Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like"),
     Route("GET", "/health", "health", (), "Whether events can be stored right now"),
 )
@@ -2273,6 +2343,10 @@ class API:
             {"topic": event.topic, "event_id": event.event_id, "source": event.source, "verdict": verdict.kind,
              "seq": verdict.seq, "first_seen": format_timestamp(verdict.first_seen), "repeated": format_timestamp(now_us),
              "delay_seconds": (now_us - verdict.first_seen) / 1e6} for event, verdict, now_us in reversed(kept)]}))
+
+    async def _gaps(self, request: Request, peer: str) -> Response:
+        found = await self._pipeline.gaps(request.head.query.get("source"), _limit(request))
+        return Response(200, _json({"count": len(found), "sources": found}))
 
     async def _stats(self, request: Request, peer: str) -> Response:
         found = await self._pipeline.stats()

@@ -779,6 +779,56 @@ def test_the_store_agrees_with_a_dict_under_random_operations(tmp_path, small_in
     assert sound(path) == []
 
 
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MODEL_SEEDS", "3"))))
+def test_the_gaps_of_a_source_are_what_a_set_says_they_are(tmp_path, seed):
+    """Late numbers, repeats, gaps beyond the bound, reopening; the oracle is a set of what has come."""
+    rng, path = random.Random(seed), str(tmp_path / "s.db")
+    opened, come, number = aggregator.Store(path, False), {"a": set(), "b": set()}, 0
+    for _ in range(60):
+        batch = []
+        for _ in range(rng.choice([1, 5, 60])):
+            number += 1
+            source, sequence = rng.choice("ab"), rng.choice([rng.randrange(100, 400), 100 + number])
+            batch.append(event(str(number), source=source)._replace(sequence=rng.choice([sequence, sequence, None])))
+        opened.commit(batch, NOW)
+        base = {}
+        for each in batch:
+            if each.sequence is not None:
+                base[each.source] = min(base.get(each.source, each.sequence), each.sequence)
+        for source, first in base.items():  # what came before the first group of a source was never expected
+            come[source] |= set() if come[source] else set(range(first))
+        for each in batch:
+            if each.sequence is not None:
+                come[each.source].add(each.sequence)
+        if rng.random() < 0.1:
+            opened.close()
+            opened = aggregator.Store(path, False)
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            found = {each["source"]: each for each in reader.gaps(None, 10)}
+            assert reader.stats()["gaps"] == sum(each["missing_count"] for each in found.values())
+        for source in come:
+            if come[source]:
+                missing = set(range(max(come[source]))) - come[source]
+                entry = found.get(source, {"missing": [], "missing_count": 0, "given_up": 0})
+                assert entry["missing_count"] == len(missing) and entry["given_up"] == 0
+                listed = {n for first, last in entry["missing"] for n in range(first, last + 1)}
+                assert listed == missing if len(entry["missing"]) < 100 else listed <= missing
+    opened.close()
+    assert sound(path) == []
+
+
+def test_the_gaps_remembered_are_bounded_and_the_largest_numbers_do_no_harm(tmp_path, store):
+    store.commit([event(str(n), source="s")._replace(sequence=2 * n) for n in range(aggregator.GAPS_KEPT + 11)], NOW)
+    store.commit([event("x%d" % n, source="t%d" % n)._replace(sequence=n and aggregator.MAX_SEQUENCE) for n in (0, 1)], NOW)
+    store.commit([event("y%d" % n, source="t%d" % n)._replace(sequence=aggregator.MAX_SEQUENCE - 9) for n in (0, 1)], NOW)
+    with contextlib.closing(aggregator.Reader(store.path)) as reader:
+        found = {each["source"]: each for each in reader.gaps(None, 10)}
+        assert reader.stats()["gaps"] == pytest.approx(aggregator.GAPS_KEPT + aggregator.MAX_SEQUENCE - 10)
+        assert [each["source"] for each in reader.gaps("s", 10)] == ["s"] and reader.gaps("none", 10) == []
+    assert (found["s"]["missing_count"], found["s"]["given_up"]) == (aggregator.GAPS_KEPT, 10)
+    assert found["t0"]["missing"] == [[1, aggregator.MAX_SEQUENCE - 10]] and "t1" not in found
+
+
 CRASH = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
@@ -1914,6 +1964,17 @@ def test_on_loopback_a_name_that_is_not_ours_is_refused(desk, host, known):
     assert answer.status == (200 if known else 421)
     desk.api.access = aggregator.Access(hosts=frozenset(["localhost", "*"]))
     assert desk.ask("GET", "http://{}/stats".format(host)).status == 200
+
+
+def test_a_source_that_left_out_numbers_is_found_out_and_heals_when_they_come(desk):
+    desk.publish(*[sample(str(n), sequence=n) for n in (1, 2, 5, 9)])
+    assert desk.ask("GET", "/gaps").json == {"count": 1, "sources": [{
+        "source": "s", "newest": 9, "missing_count": 5, "given_up": 0, "missing": [[3, 4], [6, 8]]}]}
+    assert desk.ask("GET", "/stats").json["gaps"] == 5
+    desk.publish(*[sample(str(n), sequence=n) for n in (8, 3, 4, 6)])
+    assert desk.ask("GET", "/gaps?source=s&limit=1").json["sources"][0]["missing"] == [[7, 7]]
+    desk.publish(sample("7", sequence=7))
+    assert desk.ask("GET", "/gaps").json == {"count": 0, "sources": []} and desk.ask("GET", "/stats").json["gaps"] == 0
 
 
 # Following
