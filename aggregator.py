@@ -2814,6 +2814,33 @@ def _access(settings: Dict[str, Any], addresses: Sequence[str]) -> Access:
     return Access(settings["token"], settings["read_token"], frozenset(names), frozenset(settings["allow_origin"]))
 
 
+def _notify(state: str) -> None:
+    """Tell the service manager, if one wants to know (sd_notify(3)): a datagram to the socket that it names."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] in ("/", "@"):
+        import socket
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode("ascii"), "\0" + address[1:] if address[0] == "@" else address)
+
+
+async def _watchdog() -> None:
+    """Show that the loop turns, twice as often as the service manager asks for (sd_watchdog_enabled(3))."""
+    period = os.environ.get("WATCHDOG_USEC", "")
+    mine = os.environ.get("WATCHDOG_PID", "") in ("", str(os.getpid()))
+    while mine and re.fullmatch("[1-9][0-9]{3,15}", period):
+        _notify("WATCHDOG=1")
+        await asyncio.sleep(int(period) / 2e6)
+
+
+def _log_format() -> str:
+    """journald keeps the time of each line itself; it says which stream is its own (systemd.exec(5), JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):
+        stderr = os.fstat(2)
+        if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
+            return "%(levelname)s %(message)s"
+    return "%(asctime)s %(levelname)s %(message)s"
+
+
 async def serve(settings: Dict[str, Any]) -> int:
     """Run until SIGTERM or SIGINT; the exit status. Raises OSError and StoreError for what keeps it from starting."""
     loop = asyncio.get_running_loop()
@@ -2841,12 +2868,16 @@ async def serve(settings: Dict[str, Any]) -> int:
     scheme = "https://" if settings["tls_cert"] else "http://"
     log.info("LISTENING - %s, store %s, %s", ", ".join(scheme + address for address in addresses),
              os.path.realpath(settings["db"]), versions())
+    _notify("READY=1")
+    watchdog = loop.create_task(_watchdog())
     await stop.wait()
+    _notify("STOPPING=1")
     log.info("STOPPING - 1. no more connections, 2. finish requests, 3. drain the queue, 4. commit, 5. close")
     started = loop.time()
     pipeline.end_followers()
     await server.stop(STOP_REQUESTS_S)
     drained = await pipeline.stop(STOP_DRAIN_S)
+    watchdog.cancel()
     log.info("STOPPED - after %.2f s%s", loop.time() - started, "" if drained else "; the queue was not empty")
     return 0 if drained else 1
 
@@ -2874,7 +2905,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     settings = read_settings(command, arguments, dict(os.environ))
     if command == "check":
         return check(settings["db"])
-    logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format=_log_format())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until `serve` takes over; process 1 would ignore it
     # At each statement the writer waits for the GIL, up to one switch interval; 5 ms, the default, would be all its time.
     sys.setswitchinterval(0.00005)

@@ -79,10 +79,11 @@ def test_only_the_standard_library_is_imported():
     imported = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     at_once = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
-    assert imported - at_once - {"hashlib", "collections", "typing"} == {"hmac", "ssl"}  # where they are needed, and nowhere else
-    assert imported == {"argparse", "asyncio", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
+    lazily = imported - at_once - {"hashlib", "collections", "typing"}  # where they are needed, and nowhere else
+    assert lazily == {"hmac", "socket", "ssl"}
+    assert imported == {"argparse", "asyncio", "bisect", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
                         "contextlib", "gc", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time",
-                        "typing", "zlib", "hmac", "ssl"}
+                        "typing", "zlib", "hmac", "socket", "ssl"}
     assert "dependencies = []" in SOURCE
 
 
@@ -2574,7 +2575,7 @@ class Program:
 
 
 def clean_environment(**more):
-    names = {setting.variable for setting in aggregator.SETTINGS}
+    names = {setting.variable for setting in aggregator.SETTINGS} | {"NOTIFY_SOCKET", "WATCHDOG_USEC", "JOURNAL_STREAM"}
     return {**{name: value for name, value in os.environ.items() if name not in names}, **more}
 
 
@@ -2941,3 +2942,27 @@ def test_an_unknown_host_is_refused_on_loopback_and_taken_where_allowed(tmp_path
         with Program(tmp_path / "store.db", *flags) as program:
             assert fetch(program.port, "GET", "/stats", headers={"Host": "nas.lan:80"}).status == status
             assert fetch(program.port, "GET", "/stats", headers={"Host": "localhost:80"}).status == 200
+
+
+def test_a_service_manager_is_told_of_readiness_liveness_and_stopping(tmp_path):
+    for address in (str(tmp_path / "notify"), "@aggregator-{}".format(os.getpid())):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind("\0" + address[1:] if address[0] == "@" else address)
+            manager.settimeout(10)
+            with Program(tmp_path / "s.db", env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000"}) as program:
+                told = [manager.recv(100) for _ in range(4)]
+                assert program.end() == 0
+            manager.settimeout(0.2)
+            with contextlib.suppress(socket.timeout):
+                while True:
+                    told.append(manager.recv(100))
+        assert told[:4] == [b"READY=1"] + [b"WATCHDOG=1"] * 3 and told.count(b"STOPPING=1") == 1 and told.count(b"READY=1") == 1
+
+
+def test_under_journald_log_lines_leave_the_time_to_it(tmp_path):
+    script = ("import os, sys; found = os.fstat(2); os.environ['JOURNAL_STREAM'] = '%d:%d' % (found.st_dev, found.st_ino);"
+              " os.execv(sys.executable, [sys.executable] + sys.argv[1:])")
+    with Program(tmp_path / "a.db", command=[sys.executable, "-c", script, PROGRAM]) as program:
+        assert program.start_up.startswith("LISTENING") and program.read_log().startswith("INFO LISTENING")
+    with Program(tmp_path / "b.db", env={"JOURNAL_STREAM": "1:1"}) as program:
+        assert re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2} ", program.read_log())
