@@ -197,8 +197,8 @@ class InvalidEvents(ValueError):
     """The JSON is well-formed and at least one event in it is not valid; `faults` lists what is wrong, up to MAX_FAULTS."""
 
     def __init__(self, faults: List[Fault]) -> None:
-        super().__init__("{}{} fault{}".format(len(faults), " or more" if len(faults) == MAX_FAULTS else "",
-                                               "" if len(faults) == 1 else "s"))
+        more, plural = " or more" if len(faults) == MAX_FAULTS else "", "" if len(faults) == 1 else "s"
+        super().__init__(f"{len(faults)}{more} fault{plural}")
         self.faults = faults
 
 
@@ -212,17 +212,14 @@ class BatchTooLarge(ValueError):
 _NAME = re.compile("[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TIMESTAMP = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})(?:[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)"
-                        r"(?:(?<=:[0-9]{2}:[0-9]{2})[.,]([0-9]{1,30}))?(Z|[+-][0-9]{2}(?::?[0-9]{2})?)?)?")
-_EPOCH_DAY = datetime.date(1970, 1, 1).toordinal()
-_FIRST_US = (datetime.date(1, 1, 1).toordinal() - _EPOCH_DAY) * 86_400_000_000
-_END_US = (datetime.date(9999, 12, 31).toordinal() + 1 - _EPOCH_DAY) * 86_400_000_000
+                        r"(?:(?<=:[0-9]{2}:[0-9]{2})[.,]([0-9]{1,30}))?(Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?)?")
+_EPOCH = datetime.datetime(1970, 1, 1)
+_TOO_DEEP = f"is nested deeper than {MAX_NESTING} levels"
 
 
 def parse_timestamp(text: str) -> int:
-    """ISO 8601 date and time to microseconds since 1970 UTC. No offset means UTC, a date alone is midnight.
-
-    Raises ValueError with a message that says what to send. Written out, because `datetime.fromisoformat` refuses `Z`
-    before Python 3.11 and takes week dates after it.
+    """ISO 8601 date and time to microseconds since 1970 UTC. No offset means UTC, a date alone is midnight. Raises
+    ValueError. (`datetime.fromisoformat` refuses `Z` before Python 3.11 and takes week dates after it.)
 
     >>> parse_timestamp("1970-01-01T01:00:00.25+01:00")
     250000
@@ -239,23 +236,15 @@ def parse_timestamp(text: str) -> int:
 @functools.lru_cache(1024)  # events come in bursts: most share their second with the one before
 def _second(day: str, clock: Optional[str], offset: Optional[str]) -> int:
     """The instant of a whole second, in microseconds. Raises ValueError for what the calendar or the clock lacks."""
+    year, month, date, hour, minute, second = [int(n) for n in re.split("[-:T]", f"{day}T{clock or '00:00'}:00")[:6]]
     try:
-        days = datetime.date(int(day[:4]), int(day[5:7]), int(day[8:])).toordinal() - _EPOCH_DAY
-    except ValueError:
-        raise ValueError("names a day that the calendar from year 0001 to 9999 does not have")
-    hour, minute, second = [int(part) for part in ((clock or "00:00") + ":00").split(":")[:3]]
-    if hour > 23 or minute > 59 or second > 59:
-        raise ValueError("has a time of day outside 00:00:00 to 23:59:59"
-                         + (" (send a leap second as second 59)" if second == 60 else ""))
-    seconds = ((days * 24 + hour) * 60 + minute) * 60 + second
-    if offset and offset != "Z":
-        off_hour, off_minute = int(offset[1:3]), int(offset[3:].lstrip(":") or 0)
-        if off_hour > 23 or off_minute > 59:
-            raise ValueError("has an offset outside -23:59 to +23:59")
-        seconds -= (off_hour * 60 + off_minute) * (60 if offset[0] == "+" else -60)
-    if not _FIRST_US <= seconds * 1_000_000 < _END_US:
-        raise ValueError("is outside the years 0001 to 9999 in UTC")
-    return seconds * 1_000_000
+        instant = datetime.datetime(year, month, date, hour, minute, second)
+        if offset and offset != "Z":
+            ahead = datetime.timedelta(hours=int(offset[1:3]), minutes=int(offset[3:].lstrip(":") or 0))
+            instant += ahead if offset[0] == "-" else -ahead
+    except (ValueError, OverflowError) as error:  # a leap second too: it has to be sent as second 59
+        raise ValueError(f"is not an instant of the years 0001 to 9999 in UTC ({error})")
+    return (instant - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 def format_timestamp(instant_us: int) -> str:
@@ -264,10 +253,7 @@ def format_timestamp(instant_us: int) -> str:
     >>> format_timestamp(-1)
     '1969-12-31T23:59:59.999999Z'
     """
-    seconds, micros = divmod(instant_us, 1_000_000)
-    days, second = divmod(seconds, 86_400)
-    day = datetime.date.fromordinal(days + _EPOCH_DAY).isoformat()
-    return f"{day}T{second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}.{micros:06d}Z"
+    return (_EPOCH + datetime.timedelta(microseconds=instant_us)).isoformat(timespec="microseconds") + "Z"
 
 
 def _integer(digits: str) -> Union[int, float]:
@@ -278,16 +264,14 @@ def _integer(digits: str) -> Union[int, float]:
 
 _DECODER = json.JSONDecoder(parse_int=_integer)
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+# JSONEncoder.encode makes this object anew at each call, which costs as much as the encoding itself.
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
+_c_encode = _make_encoder and _make_encoder(None, None, json.encoder.encode_basestring, None, ":", ",", True, False, False)
 
 
 def canonical_json(value: Any) -> str:
     """JSON text that is equal for equal content. Raises ValueError for NaN and Infinity, RecursionError for depth."""
     return _ENCODER.encode(value) if _c_encode is None else "".join(_c_encode(value, 0))
-
-
-# JSONEncoder.encode makes this object anew at each call, which costs as much as the encoding itself.
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
-_c_encode = _make_encoder and _make_encoder(None, None, json.encoder.encode_basestring, None, ":", ",", True, False, False)
 
 
 def decode_text(body: bytes) -> str:
@@ -301,6 +285,9 @@ def decode_text(body: bytes) -> str:
         raise NotJSON(f"byte 0x{body[error.start]:02x} at offset {error.start} is not UTF-8: send UTF-8")
 
 
+_VALUE_START = re.compile("[^ \t\r\n]")  # JSON's white space, no more (RFC 8259 §2)
+
+
 def json_values(text: str) -> List[Any]:
     """All JSON values in `text`, with blanks, newlines or nothing between them. Raises NotJSON, or InvalidEvents for
     nesting that the decoder gives up on.
@@ -309,20 +296,18 @@ def json_values(text: str) -> List[Any]:
     [{'a': 1}, {'b': 2}, [3]]
     """
     values: List[Any] = []
-    text = text.strip(" \t\r\n")  # JSON's white space, no more (RFC 8259 §2)
-    at, end = 0, len(text)
-    while at < end:
+    start = _VALUE_START.search(text)
+    while start is not None:
         try:
-            value, at = _DECODER.raw_decode(text, at)
+            value, end = _DECODER.raw_decode(text, start.start())
         except RecursionError:
             index = sum(len(before) if isinstance(before, list) else 1 for before in values)
-            raise InvalidEvents([Fault(index, "", f"is nested deeper than {MAX_NESTING} levels")])
+            raise InvalidEvents([Fault(index, "", _TOO_DEEP)])
         except json.JSONDecodeError as error:
             raise NotJSON(f"at line {error.lineno}, column {error.colno}: {error.msg[:1].lower() + error.msg[1:]};"
                           f" what stands there is {_shown(text[error.pos:error.pos + 20])}")
         values.append(value)
-        while at < end and text[at] in " \t\r\n":
-            at += 1
+        start = _VALUE_START.search(text, end)
     return values
 
 
@@ -339,15 +324,11 @@ def parse_events(body: bytes, most: int = QUEUE_MAX_EVENTS) -> List[Event]:
         raise NotJSON("the body is empty: send an event, a list of events, or one event a line")
     candidates: List[Any] = []
     for value in values:
-        if isinstance(value, list):
-            candidates.extend(value)
-        elif isinstance(value, dict) and "events" in value and "topic" not in value:
-            if not isinstance(value["events"], list):
-                raise InvalidEvents([Fault(len(candidates), "events", "must be a list of events, not "
-                                           + _shown(value["events"]))])
-            candidates.extend(value["events"])
-        else:
-            candidates.append(value)
+        if isinstance(value, dict) and "events" in value and "topic" not in value:
+            value = value["events"]
+            if not isinstance(value, list):
+                raise InvalidEvents([Fault(len(candidates), "events", "must be a list of events, not " + _shown(value))])
+        candidates += value if isinstance(value, list) else [value]
     if not candidates:
         raise InvalidEvents([Fault(0, "", "is missing: the list holds no event")])
     if len(candidates) > most:
@@ -371,41 +352,30 @@ def _faults(value: Any, index: int) -> Iterator[Fault]:
     if not isinstance(value, dict):
         yield Fault(index, "", "must be an object with topic, event_id, timestamp, source and payload, not " + _shown(value))
         return
-    for field, reader in _READERS:
-        if field not in value:
-            if field != "sequence":
-                yield Fault(index, field, "is missing")
-            continue
-        try:
-            reader(value[field])
-        except ValueError as error:
-            yield Fault(index, field, f"{error}: {_shown(value[field])}")
+    for field, reader in _READERS.items():
+        if field in value:
+            try:
+                reader(value[field])
+            except ValueError as error:
+                yield Fault(index, field, f"{error}: {_shown(value[field])}")
+        elif field != "sequence":
+            yield Fault(index, field, "is missing")
 
 
 def _read_name(value: Any) -> str:
-    """A topic, event id or source. Raises ValueError."""
+    """A topic, event id or source. Raises ValueError. Where the cheap test on the left holds, the exact one is not run."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
-    if value.isprintable() and len(value) * 4 <= MAX_NAME_BYTES and value and not value.isspace():
-        return value  # all but a few; the rest of the checks say what is wrong
-    if _NAME.fullmatch(value) is None:
-        if not value:
-            raise ValueError("must not be empty")
-        raise ValueError("must not hold control characters or lone surrogates")
-    if value.isspace():
+    if not value or value.isspace():
         raise ValueError("must not be blank")
-    if len(value.encode("utf-8")) > MAX_NAME_BYTES:
-        raise ValueError("must have at most {} bytes in UTF-8, not {}".format(MAX_NAME_BYTES, len(value.encode("utf-8"))))
+    if not value.isprintable() and _NAME.fullmatch(value) is None:
+        raise ValueError("must not hold control characters or lone surrogates")
+    if len(value) * 4 > MAX_NAME_BYTES and len(value.encode("utf-8")) > MAX_NAME_BYTES:
+        raise ValueError(f"must have at most {MAX_NAME_BYTES} bytes in UTF-8")
     return value
 
 
 _read_repeated_name = functools.lru_cache(1024)(_read_name)  # for topics and sources, which come again and again
-
-
-def _read_timestamp(value: Any) -> int:
-    if not isinstance(value, str):
-        raise ValueError("must be a string with an ISO 8601 date and time")
-    return parse_timestamp(value)
 
 
 def _read_sequence(value: Any) -> Optional[int]:
@@ -420,20 +390,20 @@ def _read_payload(value: Any) -> str:
         raise ValueError("must be an object")
     try:
         text = canonical_json(value)
+        if len(text) > 2 * MAX_NESTING and text.count("{") + text.count("[") > MAX_NESTING and _depth(value) > MAX_NESTING:
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(_TOO_DEEP)
     except ValueError:
         raise ValueError("must not hold NaN, Infinity or a number beyond 1e308")
-    except RecursionError:
-        raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
-    if len(text) > 2 * MAX_NESTING and text.count("{") + text.count("[") > MAX_NESTING and _depth(value) > MAX_NESTING:
-        raise ValueError(f"must not be nested deeper than {MAX_NESTING} levels")
     if not text.isascii() and _SURROGATE.search(text):
         raise ValueError("must not hold lone surrogates")
     return text
 
 
-_READERS: Tuple[Tuple[str, Callable[[Any], Any]], ...] = (
-    ("topic", _read_name), ("event_id", _read_name), ("timestamp", _read_timestamp), ("source", _read_name),
-    ("payload", _read_payload), ("sequence", _read_sequence))
+_READERS: Dict[str, Callable[[Any], Any]] = {
+    "topic": _read_name, "event_id": _read_name, "timestamp": lambda value: parse_timestamp(value if type(value) is str else ""),
+    "source": _read_name, "payload": _read_payload, "sequence": _read_sequence}
 
 
 def _depth(value: Any) -> int:
@@ -464,10 +434,10 @@ def events_from_lines(text: str, topic: str, source: str, instant_us: int, new_i
     names the event of a line by its number, from 1. Raises BatchTooLarge, and InvalidEvents, also when there is no line."""
     if text.count("\n") > most:
         raise BatchTooLarge(text.count("\n"), most)
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
     stamp = format_timestamp(instant_us)
     values = [{"topic": topic, "event_id": new_id(number), "timestamp": stamp, "source": source,
-               "payload": {"message": line}} for number, line in lines if line and not line.isspace()]
+               "payload": {"message": line.rstrip("\r")}}
+              for number, line in enumerate(text.split("\n"), 1) if line and not line.isspace()]
     if not values:
         raise InvalidEvents([Fault(0, "", "is missing: the text holds no line")])
     return read_events(values)
