@@ -1559,8 +1559,7 @@ def _log_group(records: Sequence[Record], decision: Decision) -> None:
 # §5  HTTP/1.1: bytes in, `Request` out; `Response` in, bytes out. No I/O
 #
 # The parser is fed whatever the network brings, in whatever pieces, and answers one of three things: a whole request,
-# "need more" (None), or HTTPError. It is written as one generator that reads like blocking code; each `yield None` is
-# a place where it waits to be fed.
+# "need more" (None), or HTTPError. It is a generator that reads like blocking code; at each `yield None` it waits to be fed.
 #
 # Knows §1 only. Every rule of syntax is a regular expression on bytes, matched in full, and stands beside the sentence
 # of RFC 9112 (message syntax) or RFC 9110 (semantics) that asks for it.
@@ -1579,10 +1578,7 @@ class HTTPError(Exception):
 
     def __init__(self, problem: str, detail: str, headers: Tuple[Tuple[str, str], ...] = (), **members: Any) -> None:
         super().__init__(detail)
-        self.problem = problem
-        self.detail = detail
-        self.headers = headers
-        self.members = members
+        self.problem, self.detail, self.headers, self.members = problem, detail, headers, members
 
 
 class Head(NamedTuple):
@@ -1612,17 +1608,18 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([^\x00-\x20\x7f#]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9112 §5: no blank before the colon
 _HOST = re.compile(r"(?:(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 §7.2
-_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)(.*)")
-_LENGTH = re.compile("[0-9]{1,18}")
+_ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]+)/?(.*)")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")  # RFC 9112 §7.1
+_OTHER_CODINGS = re.compile(r"(?:(?:(?:x-)?(?:gzip|compress)|deflate|identity)[ \t]*,[ \t]*)+chunked")  # RFC 9112 §7.2
 _BARE_EOL = re.compile(rb"(?:^|[^\r])\n|\r[^\n]")
-_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})?")
-_FORGED_LENGTH = re.compile("content[-_]length|transfer[-_]encoding")
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_COMPRESSED = {"": False, "identity": False, "gzip": True, "x-gzip": True}  # by Content-Encoding (RFC 9110 §8.4)
 METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "PATCH", "TRACE")  # known; any other is answered 501
 
 
-def _refuse(detail: str) -> NoReturn:
-    raise HTTPError("bad-request", detail)
+def _refuse(detail: str, problem: str = "bad-request") -> NoReturn:
+    raise HTTPError(problem, detail)
 
 
 def percent_decode(raw: bytes, plus_is_blank: bool = False) -> str:
@@ -1631,31 +1628,23 @@ def percent_decode(raw: bytes, plus_is_blank: bool = False) -> str:
     >>> percent_decode(b"caf%C3%A9+1", plus_is_blank=True)
     'café 1'
     """
+    if _BAD_ESCAPE.search(raw):
+        _refuse("the target has a % without two hexadecimal digits: write a literal % as %25")
     if plus_is_blank:
         raw = raw.replace(b"+", b" ")
-    if b"%" in raw:
-        raw = _ESCAPE.sub(_unescape, raw)
     try:
-        return raw.decode("utf-8")
+        return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), raw).decode("utf-8")
     except UnicodeDecodeError:
         _refuse("the target is not UTF-8 when percent-decoded")
 
 
-def _unescape(match: "re.Match[bytes]") -> bytes:
-    if match[1] is None:
-        _refuse("the target has a % without two hexadecimal digits: write a literal % as %25")
-    return bytes((int(match[1], 16),))
-
-
 def _parse_query(raw: bytes) -> Dict[str, str]:
     query: Dict[str, str] = {}
-    for pair in raw.split(b"&"):
-        if pair:
-            name, _, value = pair.partition(b"=")
-            key = percent_decode(name, True)
-            if key in query:
-                raise HTTPError("bad-parameter", f"the query parameter {key!a} is given twice")
-            query[key] = percent_decode(value, True)
+    for pair in filter(None, raw.split(b"&")):
+        name, _, value = [percent_decode(part, True) for part in pair.partition(b"=")]
+        if name in query:
+            _refuse(f"the query parameter {name!a} is given twice", "bad-parameter")
+        query[name] = value
     return query
 
 
@@ -1690,7 +1679,6 @@ class RequestParser:
     def _parse(self) -> Generator[Optional[Request], None, None]:
         buffer = self._buffer
         while True:
-            self.phase = "idle"
             # RFC 9112 §2.2: a server SHOULD ignore at least one empty line before the request line.
             while not buffer or (buffer[0] == 13 and (len(buffer) < 2 or buffer[1] == 10) and self._scanned == 0):
                 if buffer[:2] == b"\r\n":
@@ -1703,8 +1691,7 @@ class RequestParser:
             text = yield from self._until(b"\r\n\r\n", MAX_HEAD_BYTES, "headers-too-large", "the request head", True)
             head = _parse_head(text)
             if head.length is not None and head.length > self._max_body:
-                raise HTTPError("too-large", f"the body has {head.length} bytes and at most {self._max_body} are taken:"
-                                " send less at a time")
+                _refuse_body(self._max_body)
             self.phase = "body"
             self.wants_continue = head.expects_continue
             if head.length is None:
@@ -1726,9 +1713,9 @@ class RequestParser:
         while True:
             at = buffer.find(end, max(0, self._scanned - len(end) + 1))
             if head and len(buffer) > MAX_REQUEST_LINE_BYTES + 1 and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE_BYTES + 2) < 0:
-                raise HTTPError("target-too-long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
+                _refuse(f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes", "target-too-long")
             if (at if at >= 0 else len(buffer) - len(end) + 1) > limit:
-                raise HTTPError(problem, f"{what} is longer than {limit} bytes")
+                _refuse(f"{what} is longer than {limit} bytes", problem)
             if at >= 0:
                 taken = bytes(buffer[:at])
                 del buffer[:at + len(end)]
@@ -1752,26 +1739,24 @@ class RequestParser:
             if size == 0:
                 break
             if len(body) + size > self._max_body:
-                raise HTTPError("too-large", f"the body has more than the {self._max_body} bytes that are taken: send"
-                                " less at a time")
-            while len(buffer) < size + 2:
-                if len(buffer) > size and buffer[size] != 13:
-                    break
+                _refuse_body(self._max_body)
+            while len(buffer) < size + 2 and b"\r\n".startswith(buffer[size:]):
                 yield None
             if buffer[size:size + 2] != b"\r\n":
                 _refuse("a chunk is not followed by CR LF where its size says it ends")
             body += buffer[:size]
             del buffer[:size + 2]
-        count, size = 0, 0
-        while True:
-            line = yield from self._until(b"\r\n", MAX_TRAILER_BYTES - size, "headers-too-large", "the trailer section")
-            if not line:
-                return bytes(body)
-            count, size = count + 1, size + len(line)
-            if count > MAX_FIELDS:
-                raise HTTPError("headers-too-large", f"there are more than {MAX_FIELDS} trailer fields")
-            if _FIELD.fullmatch(line) is None:
-                _refuse("a trailer field is not valid")
+        trailers, left = [], MAX_TRAILER_BYTES
+        while line:
+            line = yield from self._until(b"\r\n", left, "headers-too-large", "the trailer section")
+            trailers.append(line)
+            left -= len(line)
+        _parse_fields(trailers[:-1])
+        return bytes(body)
+
+
+def _refuse_body(limit: int, inflated: str = "") -> NoReturn:
+    _refuse(f"the body has more than {limit} bytes{inflated}: send less at a time", "too-large")
 
 
 @functools.lru_cache(HEADS_KEPT)  # a client sends nearly the same head each time, and a third of all work is reading it
@@ -1782,14 +1767,16 @@ def _parse_head(text: bytes) -> Head:
     headers = _parse_fields(lines[1:])
     path, query, headers["host"] = _parse_target(method, target, headers, http_1_0)
     length = _body_length(headers, http_1_0)
-    connection = {token.strip(" \t").lower() for token in headers.get("connection", "").split(",")}
     expect = headers.get("expect", "").lower()
     if expect not in ("", "100-continue"):
-        raise HTTPError("expectation-failed", "only Expect: 100-continue can be met")
-    content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-    return Head(method, path, query, headers, content_type, length, _content_coding(headers),
-                bool(expect) and not http_1_0 and length != 0,
-                "close" not in connection and (not http_1_0 or "keep-alive" in connection), http_1_0)
+        _refuse("only Expect: 100-continue can be met", "expectation-failed")
+    coding = headers.get("content-encoding", "").lower()
+    if coding not in _COMPRESSED:
+        raise HTTPError("unsupported-encoding", "the Content-Encoding must be gzip or absent", (("Accept-Encoding", "gzip"),))
+    connection = {token.strip(" \t").lower() for token in headers.get("connection", "").split(",")}
+    return Head(method, path, query, headers, headers.get("content-type", "").partition(";")[0].strip(" \t").lower(), length,
+                gzip=_COMPRESSED[coding], expects_continue=expect != "" and not http_1_0 and length != 0,
+                keep_alive="close" not in connection and (not http_1_0 or "keep-alive" in connection), http_1_0=http_1_0)
 
 
 def _parse_request_line(line: bytes) -> Tuple[str, bytes, bool]:
@@ -1797,92 +1784,65 @@ def _parse_request_line(line: bytes) -> Tuple[str, bytes, bool]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         _refuse("the request line is not METHOD SP TARGET SP HTTP/1.1")
-    method, target, major, minor = match.groups()
+    method, target, major, minor = match[1].decode("ascii"), match[2], match[3], match[4]
     if major != b"1":
-        raise HTTPError("version-not-supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    name = method.decode("ascii")
-    if name not in METHODS:
-        raise HTTPError("not-implemented", f"the method {name[:40]} is not known here")
-    return name, target, minor == b"0"
+        _refuse("only HTTP/1.1 and HTTP/1.0 are spoken here", "version-not-supported")
+    if method not in METHODS:
+        _refuse(f"the method {method[:40]} is not known here", "not-implemented")
+    return method, target, minor == b"0"
 
 
 def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
     """Header fields by lower-case name; repeated ones joined, so that what must stand alone no longer matches its form."""
     if len(lines) > MAX_FIELDS:
-        raise HTTPError("headers-too-large", f"there are more than {MAX_FIELDS} header fields")
+        _refuse(f"there are more than {MAX_FIELDS} fields", "headers-too-large")
     headers: Dict[str, str] = {}
     for line in lines:
         match = _FIELD.fullmatch(line)
         if match is None:  # obs-fold (RFC 9112 §5.2), a blank before the colon, a control character, no colon
-            _refuse("a header field is not NAME: VALUE on one line")
-        name = match[1].decode("ascii").lower()
-        value = match[2].strip(b" \t").decode("latin-1")
-        if name in headers:
-            value = headers[name] + ", " + value
-        headers[name] = value
-        if "_" in name and _FORGED_LENGTH.fullmatch(name):
-            _refuse(f"the header field {name} may be taken for another by a gateway")
+            _refuse("a field is not NAME: VALUE on one line")
+        name, value = match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")
+        if name in ("content_length", "transfer_encoding"):
+            _refuse(f"the field {name} may be taken for another by a gateway")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
 def _parse_target(method: str, target: bytes, headers: Dict[str, str],
                   http_1_0: bool) -> Tuple[Tuple[str, ...], Dict[str, str], str]:
     """Path, query and host of any of the target forms that have one (RFC 9112 §3.2)."""
-    host = headers.get("host")
-    if host is None:
-        if not http_1_0:
-            _refuse("the Host field is missing")
-        host = ""
-    elif _HOST.fullmatch(host) is None:
+    host = headers.get("host", "" if http_1_0 else None)
+    if host is None or _HOST.fullmatch(host) is None:
         _refuse("the Host field must be there once and name a host")
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is not None:  # RFC 9112 §3.2.2: its authority counts, not the Host field
-        host, target = absolute[1].decode("latin-1"), absolute[2]
-        if not host or _HOST.fullmatch(host) is None:
+        host, target = absolute[1].decode("latin-1"), b"/" + absolute[2]
+        if _HOST.fullmatch(host) is None:
             _refuse("the target names no valid host")
-        if not target.startswith(b"/"):
-            target = b"/" + target
-    raw_path, _, raw_query = target.partition(b"?")
     if target == b"*" and method == "OPTIONS":
         return ("*",), {}, host
-    if not raw_path.startswith(b"/"):
+    if not target.startswith(b"/"):
         _refuse("the target must start with a slash")
-    path = tuple(percent_decode(part) for part in raw_path[1:].split(b"/"))
-    return path, _parse_query(raw_query) if raw_query else {}, host
+    raw_path, _, raw_query = target[1:].partition(b"?")
+    return tuple([percent_decode(part) for part in raw_path.split(b"/")]), _parse_query(raw_query), host
 
 
 def _body_length(headers: Dict[str, str], http_1_0: bool) -> Optional[int]:
     """Bytes of the body, 0 without one, None for chunked (RFC 9112 §6.3)."""
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding")
     if coding is None:
-        if length is None:
-            return 0
-        if _LENGTH.fullmatch(length) is None:  # signs, blanks, lists, repeated fields, other digits than 0 to 9
-            if re.fullmatch("[0-9]{19,}", length):
-                raise HTTPError("too-large", "Content-Length has more than 18 digits")
+        if re.fullmatch("[0-9]+", length) is None:  # signs, blanks, lists, repeated fields, other digits than 0 to 9
             _refuse("Content-Length must be there once and hold decimal digits only")
+        if len(length) > 18:
+            _refuse("Content-Length has more than 18 digits", "too-large")
         return int(length)
-    if length is not None:
-        _refuse("Content-Length and Transfer-Encoding contradict each other: send one of them")
-    if http_1_0:
-        _refuse("HTTP/1.0 has no Transfer-Encoding")
-    codings = [token.strip(" \t").lower() for token in coding.split(",")]
-    if codings != ["chunked"]:
-        if codings[-1] == "chunked" and codings.count("chunked") == 1 and all(
-                token in ("gzip", "x-gzip", "deflate", "compress", "x-compress", "identity") for token in codings[:-1]):
-            raise HTTPError("not-implemented", "Transfer-Encoding can only be chunked: compress with Content-Encoding: gzip")
+    if "content-length" in headers or http_1_0:
+        _refuse("Transfer-Encoding goes neither with Content-Length, which it contradicts, nor with HTTP/1.0")
+    if _OTHER_CODINGS.fullmatch(coding.lower()):
+        _refuse("Transfer-Encoding can only be chunked: compress with Content-Encoding: gzip", "not-implemented")
+    if coding.lower() != "chunked":
         _refuse("Transfer-Encoding must be there once and be chunked")
     return None
-
-
-def _content_coding(headers: Dict[str, str]) -> bool:
-    """Whether the body must be inflated (RFC 9110 §8.4)."""
-    coding = headers.get("content-encoding", "identity").lower()
-    if coding in ("gzip", "x-gzip"):
-        return True
-    if coding not in ("identity", ""):
-        raise HTTPError("unsupported-encoding", "the Content-Encoding must be gzip or absent", (("Accept-Encoding", "gzip"),))
-    return False
 
 
 def _inflate(body: bytes, limit: int) -> bytes:
@@ -1894,13 +1854,12 @@ def _inflate(body: bytes, limit: int) -> bytes:
             _refuse(f"the gzip body has more than {MAX_GZIP_MEMBERS} members")
         member = zlib.decompressobj(31)  # 31: gzip, with its checksum checked; a file may have several members
         try:
-            part = member.decompress(body, limit + 1 - size)
+            parts.append(member.decompress(body, limit + 1 - size))
         except zlib.error:
             _refuse("the body is not gzip, though its Content-Encoding says so")
-        parts.append(part)
-        size += len(part)
+        size += len(parts[-1])
         if size > limit:
-            raise HTTPError("too-large", f"the body inflates to more than {limit} bytes: send less at a time")
+            _refuse_body(limit, " when inflated")
         if not member.eof:
             _refuse("the gzip body is cut off")
         body = member.unused_data
@@ -1921,19 +1880,16 @@ REASONS = {100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No
            415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
            422: "Unprocessable Content", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
            501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 def http_date(instant_s: float) -> str:
-    """Seconds since 1970 to the one date format of HTTP (RFC 9110 §5.6.7), whatever the locale.
+    """Seconds since 1970 to the one date format of HTTP (RFC 9110 §5.6.7). Python leaves LC_TIME at "C" whatever the
+    environment says, so the names are the English ones.
 
     >>> http_date(0)
     'Thu, 01 Jan 1970 00:00:00 GMT'
     """
-    t = time.gmtime(instant_s)
-    return (f"{_DAYS[t.tm_wday]}, {t.tm_mday:02d} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04d}"
-            f" {t.tm_hour:02d}:{t.tm_min:02d}:{t.tm_sec:02d} GMT")
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(instant_s))
 
 
 def encode_response(response: Response, date: str, keep_alive: bool, head_only: bool = False, http_1_0: bool = False) -> bytes:
