@@ -1221,9 +1221,8 @@ def _how_many(sizes: Sequence[int]) -> int:
 # ======================================================================================================================
 # §4  Pipeline: a bounded queue, one consumer, group commit
 #
-# Publishers put batches into an asyncio queue; the consumer takes everything that waits and has it committed as one
-# group, while the next group gathers behind it. No timer: an idle service commits a lone event at once, a busy one
-# commits hundreds for the price of one fsync.
+# Publishers put batches into an asyncio queue; the consumer has everything that waits committed as one group, while the
+# next one gathers. No timer: an idle service commits a lone event at once, a busy one hundreds for the price of one fsync.
 #
 # Knows §1 to §3. Knows no HTTP.
 #
@@ -1243,8 +1242,7 @@ class Stopping(Exception):
     """The service is shutting down and takes nothing more."""
 
 
-class Unavailable(Exception):
-    """The store could not be written or read; nothing of the request was stored, and trying again later may help."""
+Unavailable = StoreFailed  # by this name the sections that do not know the store know it: send again later
 
 
 class CursorExpired(Exception):
@@ -1272,13 +1270,9 @@ class Receipt(NamedTuple):
 
     def verdicts(self) -> Iterator[Verdict]:
         """A verdict for each event, in order."""
-        repeats, seq = dict(self.repeats), self.first_seq
+        repeats, seqs = dict(self.repeats), itertools.count(self.first_seq)
         for index in range(len(self.records)):
-            if index in repeats:
-                yield repeats[index]
-            else:
-                yield Verdict("new", seq, self.now_us, "nowhere")
-                seq += 1
+            yield repeats[index] if index in repeats else Verdict("new", next(seqs), self.now_us, "nowhere")
 
 
 class _Batch(NamedTuple):
@@ -1298,8 +1292,7 @@ class Pipeline:
         self._clock = clock
         # Owner: this loop. Publishers put without waiting (the bound is checked first), the consumer waits in get().
         self._queue: asyncio.Queue[_Batch] = asyncio.Queue(max_events)
-        self._in_flight = 0  # events taken and neither committed nor refused
-        self._in_flight_bytes = 0
+        self._in_flight = self._in_flight_bytes = 0  # events taken and neither committed nor refused
         self._taken = 0  # events ever taken and not refused since
         self.duplicates: deque[Tuple[Record, Verdict, int]] = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
         self._stopping = False
@@ -1417,8 +1410,7 @@ class Pipeline:
 
     async def page(self, query: EventQuery, separator: str = ",") -> Page:
         """Events, see Reader.page. Raises Unavailable."""
-        page: Page = await self._ask(self._reading, self._reader.page, query, separator)
-        return page
+        return await self._loop.run_in_executor(self._reading, self._reader.page, query, separator)
 
     async def tail(self, query: EventQuery, after: Optional[int]) -> Tail:
         """What the log holds behind `after` (None: nothing yet, from now on), see Reader.tail. Raises CursorExpired,
@@ -1482,8 +1474,9 @@ class Pipeline:
     async def event(self, topic: str, event_id: str) -> Tuple[Optional[int], Optional[str]]:
         """The seq of an identity, None if it was never seen; and its event as JSON text, None if retention has removed
         it. Raises Unavailable."""
-        seq = await self._ask(self._writer, self._store.locate, topic, event_id)
-        return seq, None if seq is None else await self._ask(self._reading, self._reader.event, seq)
+        seq = await self._loop.run_in_executor(self._writer, self._store.locate, topic, event_id)
+        text = None if seq is None else await self._loop.run_in_executor(self._reading, self._reader.event, seq)
+        return seq, text
 
     async def gaps(self, source: Optional[str], limit: int) -> List[Dict[str, Any]]:
         """What sources left out, see Reader.gaps. Raises Unavailable."""
@@ -1492,16 +1485,10 @@ class Pipeline:
 
     async def stats(self) -> Dict[str, Any]:
         """The books, balanced: what the store has counted, and what is taken and not yet counted. Raises Unavailable."""
-        found = await self._ask(self._reading, self._reader.stats)
+        found = await self._loop.run_in_executor(self._reading, self._reader.stats)
         counted = found["unique_processed"] + found["duplicate_dropped"]
         # `_taken` is read after the snapshot and never runs behind it, so what is left is what was still in flight.
         return {"received": self._taken, **found, "current_queue_size": self._taken - counted, "subscribers": self.followers}
-
-    async def _ask(self, thread: concurrent.futures.Executor, call: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return await self._loop.run_in_executor(thread, call, *arguments)
-        except StoreFailed as error:
-            raise Unavailable(str(error)) from error
 
     async def health(self) -> str:
         """Why events cannot be stored right now, or "" if they can. Where no recent commit shows it, it finds out by
@@ -1538,21 +1525,19 @@ class Pipeline:
 
 def _log_group(records: Sequence[Record], decision: Decision) -> None:
     """The consumer's log lines: one for each event of a small group, one for a large group as a whole."""
+    repeats = dict(decision.repeats)
     for index, verdict in decision.repeats:
         if verdict.kind == "conflict":
-            event = records[index]
             log.warning("CONFLICT - topic: %s, event_id: %s, source: %s: the identity is taken by seq %d with other content,"
-                        " which stays", event.topic, event.event_id, event.source, verdict.seq)
-    quiet = len(records) <= QUIET_GROUP_EVENTS
-    if not quiet:
+                        " which stays", records[index].topic, records[index].event_id, records[index].source, verdict.seq)
+    level = logging.INFO if len(records) <= QUIET_GROUP_EVENTS else logging.DEBUG
+    if level == logging.DEBUG:
         log.info("GROUP COMMITTED - events: %d, processed: %d, duplicates dropped: %d", len(records),
-                 len(records) - len(decision.repeats), len(decision.repeats))
-    level = logging.INFO if quiet else logging.DEBUG
+                 len(records) - len(repeats), len(repeats))
     if log.isEnabledFor(level):
-        dropped = {index for index, _ in decision.repeats}
         for index, event in enumerate(records):
             log.log(level, "%s - topic: %s, event_id: %s, source: %s",
-                    "DUPLICATE DROPPED" if index in dropped else "EVENT PROCESSED", event.topic, event.event_id, event.source)
+                    "DUPLICATE DROPPED" if index in repeats else "EVENT PROCESSED", event.topic, event.event_id, event.source)
 
 
 # ======================================================================================================================
