@@ -18,18 +18,16 @@ still holds it once.
           ◀─ 202 ──────────────────────── after the commit ◀── verdicts ◀── group commit
      curl ──GET /events ────▶ §8 routes ─▶ read connection (WAL: readers never block the writer)
 
-The life of one event: the server (§9) reads bytes from a socket and feeds them to the parser (§5), which hands over a
-whole request or refuses it. The route table (§6, §8) finds the handler, which has the body turned into `Event`s (§2): all
-of them or none. The pipeline (§4) puts them into a bounded queue; its consumer takes all that waits and passes it to
-the store (§3), which decides for each event whether it is new, stores what is, counts, and commits: one transaction,
-one fsync for the whole group. Only then is the publisher answered.
+The life of one event: the server (§9) feeds what a socket brings to the parser (§5), which hands over a whole request or
+refuses it. The handler that the routes (§6, §8) find has the body turned into `Event`s (§2), all of them or none. The
+pipeline (§4) queues them; its consumer passes all that waits to the store (§3), which decides for each event whether it is
+new, stores what is, counts, and commits: one transaction, one fsync for the group. Only then is the publisher answered.
 
 Promises: 202 means on disk; an identity (topic, event_id) is stored once; a request is taken whole or not at all; the
 books balance (received = unique + duplicates + queued). Not promised: order between publishers, a second machine, or
 that a publisher which never retries gets everything through.
 
-A section knows only the sections its banner names, and a test holds it to that. Deduplication is §3; a reader who
-came for it may skip §5 to §11.
+A section knows only the sections its banner names. Deduplication is §3; who came for it may skip §5 to §11.
 """
 import argparse
 import asyncio
