@@ -475,10 +475,10 @@ class Tail(NamedTuple):
 # ======================================================================================================================
 # §3  Store: what "seen before" means
 #
-# The obvious design is UNIQUE(topic, event_id) on the table of events. It is exact, and it does not scale: random ids
-# land on random pages, so once the index outgrows the cache each event dirties a page of 4 KB of its own, written to the
-# WAL and again to the file: 16 KB of disk writes for an event of 200 bytes, and half the speed after 6 million events
-# (40,000/s down to 20,000/s on a 2-core machine). And when retention deletes a row, its id is forgotten with it.
+# The obvious design is UNIQUE(topic, event_id) on the table of events. It is exact, and it does not scale: random ids land
+# on random pages, so once the index outgrows the cache each event dirties a page of 4 KB, written to the WAL and again to
+# the file: 16 KB for an event of 200 bytes, and half the speed after 6 million events (40,000/s down to 20,000/s on a
+# 2-core machine). And when retention deletes a row, its id is forgotten with it.
 #
 # So ids are kept as 16-byte keys in a small log-structured merge of three parts:
 #
@@ -493,9 +493,9 @@ class Tail(NamedTuple):
 # The key space has 256 slices, by first byte. `progress` holds, for each slice, the seq up to which its keys are in
 # `seen`; the least of them is the watermark, below which the log is no longer needed to know an id.
 #
-# Reading needs an order by topic and time, which is random too. The same trick feeds `listing`: new events gather in the
-# log, and every few thousand of them are entered at once, sorted, by topic (`listing`) and without (`by_time`); a reader
-# looks there and at the end of the log.
+# Reading needs an order by topic and time, which is random too, and the same trick feeds it: new events gather in the log,
+# and every few thousand of them are entered at once, sorted, into `listing` (by topic) and `by_time`; a reader looks there
+# and at the end of the log.
 #
 # Knows §1 and §2. Knows no asyncio, no queue, no HTTP. Synchronous; each object is used by one thread at a time.
 #
@@ -506,8 +506,8 @@ class Tail(NamedTuple):
 #   * A file that is not ours is refused before SQLite may touch it.
 #
 # Why digests are exact enough: two of ten million identities share a 128-bit key with probability 10^14 / 2^129, less
-# than 10^-24; no disk keeps what it is given that well. BLAKE2b, because ids come from strangers: nobody can make two that
-# collide. The topic's length goes in first, or ("a", "b:c") and ("a:b", "c") could be one identity.
+# than 10^-24; no disk is that reliable. BLAKE2b, because ids come from strangers: nobody can make two that collide. The
+# topic's length goes in first, or ("a", "b:c") and ("a:b", "c") could be one identity.
 #
 # Beside a busy event loop a thread gets the GIL back once per statement, not once per row, whatever the statement does.
 # So a group is written with many rows to the statement, and the index lives in SQL, where its work needs no GIL at all.
@@ -558,16 +558,16 @@ APPLICATION_ID = 0x41474752  # "AGGR" in the file header (SQLite file format §1
 SCHEMA_VERSION = 2
 _SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOTALL)  # user_version, application_id
 
-_SCHEMA = """
+_KEYS = "(key BLOB PRIMARY KEY, seq INTEGER NOT NULL, fingerprint INTEGER NOT NULL, first_seen INTEGER NOT NULL) WITHOUT ROWID"
+_SCHEMA = f"""
 CREATE TABLE processed_events(
     seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, fingerprint INTEGER NOT NULL, processed_at INTEGER NOT NULL,
     topic TEXT NOT NULL, event_id TEXT NOT NULL, timestamp INTEGER NOT NULL, source TEXT NOT NULL, payload TEXT NOT NULL,
     sequence INTEGER);
+CREATE TABLE seen{_KEYS};
 CREATE TABLE listing(
     topic TEXT NOT NULL, timestamp INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY(topic, timestamp, seq)) WITHOUT ROWID;
 CREATE TABLE by_time(timestamp INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY(timestamp, seq)) WITHOUT ROWID;
-CREATE TABLE seen(
-    key BLOB PRIMARY KEY, seq INTEGER NOT NULL, fingerprint INTEGER NOT NULL, first_seen INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE progress(part TEXT PRIMARY KEY, through INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE stats(
     kind TEXT NOT NULL, name TEXT NOT NULL, uniques INTEGER NOT NULL, duplicates INTEGER NOT NULL,
@@ -577,8 +577,6 @@ CREATE TABLE sequences(
     ranges TEXT NOT NULL) WITHOUT ROWID;
 INSERT INTO stats VALUES('total', '', 0, 0, 0, 0)
 """
-_SCHEMA_RECENT = ("CREATE TABLE recent.ids(key BLOB PRIMARY KEY, seq INTEGER NOT NULL, fingerprint INTEGER NOT NULL,"
-                  " first_seen INTEGER NOT NULL) WITHOUT ROWID")
 
 _MAX_VARIABLES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 _LOOK_UP = ("WITH wanted(k) AS (VALUES {rows}) SELECT json_group_array(json_array(hex(k), seq, fingerprint, first_seen,"
@@ -589,36 +587,58 @@ _APPEND = ("INSERT INTO processed_events(seq, processed_at, key, fingerprint, to
            " sequence) VALUES {rows}")
 _LEARN = "INSERT INTO recent.ids SELECT key, seq, fingerprint, processed_at FROM processed_events WHERE seq > ? ORDER BY key"
 _RECOVER = _LEARN.replace("ORDER", "AND seq > (SELECT through FROM progress WHERE part = hex(substr(key, 1, 1))) ORDER")
-_LIST = (
-    "INSERT INTO listing SELECT topic, timestamp, seq FROM processed_events WHERE seq > ? ORDER BY topic, timestamp, seq",
-    "INSERT INTO by_time SELECT timestamp, seq FROM processed_events WHERE seq > ? ORDER BY timestamp, seq")
-_REMOVE = tuple(text + " IN (SELECT value FROM json_each(?))" + end for text, end in (
-    ("DELETE FROM listing WHERE (topic, timestamp, seq) IN (SELECT topic, timestamp, seq FROM processed_events WHERE seq", ")"),
-    ("DELETE FROM by_time WHERE (timestamp, seq) IN (SELECT timestamp, seq FROM processed_events WHERE seq", ")"),
-    ("DELETE FROM processed_events WHERE seq", "")))
-_SEQUENCES = ("WITH wanted(k) AS (VALUES {rows}) SELECT json_group_object(k, json_array(newest, given_up, json(ranges))) FROM"
-              " wanted CROSS JOIN sequences ON source = k")
+_LIST = """
+INSERT INTO listing SELECT topic, timestamp, seq FROM processed_events WHERE seq > ? ORDER BY topic, timestamp, seq;
+INSERT INTO by_time SELECT timestamp, seq FROM processed_events WHERE seq > ? ORDER BY timestamp, seq
+""".strip().split(";\n")
+# What removes the events of a JSON list of seqs. Their keys go to `seen` first, for the few that no merge has moved yet.
+_REMOVE = """
+INSERT INTO seen SELECT key, seq, fingerprint, processed_at FROM processed_events WHERE seq IN GONE ORDER BY key
+    ON CONFLICT(key) DO NOTHING;
+INSERT INTO stats SELECT 'topic', topic, 0, 0, 0, count(*) FROM processed_events WHERE seq IN GONE GROUP BY topic
+    ON CONFLICT(kind, name) DO UPDATE SET removed = removed + excluded.removed;
+UPDATE stats SET removed = removed + json_array_length(?) WHERE kind = 'total';
+DELETE FROM listing WHERE (topic, timestamp, seq) IN (SELECT topic, timestamp, seq FROM processed_events WHERE seq IN GONE);
+DELETE FROM by_time WHERE (timestamp, seq) IN (SELECT timestamp, seq FROM processed_events WHERE seq IN GONE);
+DELETE FROM processed_events WHERE seq IN GONE
+""".strip().replace("GONE", "(SELECT value FROM json_each(?))").split(";\n")
+_SEQUENCES = """
+WITH wanted(k) AS (VALUES {rows}) SELECT json_group_object(k, json_array(newest, given_up, json(ranges)))
+    FROM wanted CROSS JOIN sequences ON source = k"""
 _TRACK = "INSERT OR REPLACE INTO sequences(source, newest, missing, given_up, ranges) VALUES {rows}"
 _PROGRESS = "UPDATE progress SET through = ? WHERE part = ?"
-_COUNT = ("INSERT INTO stats(kind, name, uniques, duplicates, conflicts, removed) VALUES {rows} ON CONFLICT(kind, name) DO"
-          " UPDATE SET uniques = uniques + excluded.uniques, duplicates = duplicates + excluded.duplicates,"
-          " conflicts = conflicts + excluded.conflicts, removed = removed + excluded.removed")
-_MERGE = ("INSERT INTO seen SELECT key, seq, fingerprint, first_seen FROM recent.ids WHERE key >= :low AND key < :high"
-    " ON CONFLICT(key) DO NOTHING", "DELETE FROM recent.ids WHERE key >= :low AND key < :high")
-_ENTOMB = ("INSERT INTO seen SELECT key, seq, fingerprint, processed_at FROM processed_events WHERE seq IN (SELECT value FROM"
-           " json_each(?)) ORDER BY key ON CONFLICT(key) DO NOTHING")
-_EXPIRE = ("DELETE FROM seen WHERE key >= :low AND key < :high AND first_seen < :before AND (seq < (SELECT min(seq) FROM"
-           " processed_events) OR NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = seen.seq))")
-
-# Instants as the contract spells them. % is C's remainder, which is negative before 1970.
-_INSTANT = ("strftime('%Y-%m-%dT%H:%M:%S', ({0} - (({0} % 1000000) + 1000000) % 1000000) / 1000000, 'unixepoch')"
-            " || printf('.%06dZ', (({0} % 1000000) + 1000000) % 1000000)")
+_COUNT = """
+INSERT INTO stats(kind, name, uniques, duplicates, conflicts, removed) VALUES {rows} ON CONFLICT(kind, name) DO UPDATE SET
+    uniques = uniques + excluded.uniques, duplicates = duplicates + excluded.duplicates,
+    conflicts = conflicts + excluded.conflicts, removed = removed + excluded.removed""".strip()
+_MERGE = """
+INSERT INTO seen SELECT key, seq, fingerprint, first_seen FROM recent.ids WHERE key >= :low AND key < :high
+    ON CONFLICT(key) DO NOTHING;
+DELETE FROM recent.ids WHERE key >= :low AND key < :high
+""".strip().split(";\n")
+_EXPIRE = """
+DELETE FROM seen WHERE key >= :low AND key < :high AND first_seen < :before AND (seq < (SELECT min(seq) FROM processed_events)
+    OR NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = seen.seq))"""
+_STATS = """
+SELECT json_object(
+    'unique_processed', uniques, 'duplicate_dropped', duplicates, 'conflicts', conflicts, 'stored', uniques - removed,
+    'removed_by_retention', removed,
+    'topics', (SELECT json_group_object(name, json_object('unique', uniques, 'duplicates', duplicates, 'stored',
+        uniques - removed)) FROM (SELECT * FROM stats WHERE kind = 'topic' ORDER BY uniques DESC, name LIMIT ?1)),
+    'topics_total', (SELECT count(*) FROM stats WHERE kind = 'topic'),
+    'sources', (SELECT json_group_object(name, json_object('unique', uniques, 'duplicates', duplicates)) FROM
+        (SELECT * FROM stats WHERE kind = 'source' ORDER BY duplicates DESC, name LIMIT ?1)),
+    'sources_total', (SELECT count(*) FROM stats WHERE kind = 'source'),
+    'gaps', (SELECT ifnull(sum(missing), 0) FROM sequences),
+    'delays', (SELECT json_group_object(name, duplicates) FROM stats WHERE kind = 'delay')) FROM stats WHERE kind = 'total'"""
+# Instants as the contract spells them, counted from the year 1, because SQL's / and % round towards zero.
+_INSTANT = ("strftime('%Y-%m-%dT%H:%M:%S', ({0} + 62135596800000000) / 1000000 - 62135596800, 'unixepoch')"
+            " || printf('.%06dZ', ({0} + 62135596800000000) % 1000000)")
 # One event as JSON text. The payload is JSON already and goes in as it is.
-_LINE = ("'{{\"seq\":' || e.seq || ',\"topic\":' || json_quote(e.topic) || ',\"event_id\":' || json_quote(e.event_id)"
-         " || ',\"timestamp\":\"' || {timestamp} || '\",\"source\":' || json_quote(e.source)"
-         " || ',\"payload\":' || e.payload || CASE WHEN e.sequence IS NULL THEN '' ELSE ',\"sequence\":' || e.sequence END"
-         " || ',\"processed_at\":\"' || {processed_at} || '\"}}'").format(
-             timestamp=_INSTANT.format("e.timestamp"), processed_at=_INSTANT.format("e.processed_at"))
+_LINE = f"""
+printf('{{"seq":%d,"topic":%s,"event_id":%s,"timestamp":"%s","source":%s,"payload":%s%s,"processed_at":"%s"}}', e.seq,
+    json_quote(e.topic), json_quote(e.event_id), {_INSTANT.format("e.timestamp")}, json_quote(e.source), e.payload,
+    ifnull(',"sequence":' || e.sequence, ''), {_INSTANT.format("e.processed_at")})"""
 
 
 def identity(topic: str, event_id: str) -> bytes:
@@ -650,29 +670,28 @@ def _connect(path: str, **options: Any) -> sqlite3.Connection:
     return db
 
 
-def _in_rows(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) -> Iterator[Any]:
+def _value(db: sqlite3.Connection, statement: str, values: Any = ()) -> Any:
+    """What a statement gives whose result is one row of one column."""
+    return db.execute(statement, values).fetchone()[0]
+
+
+def _run(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) -> List[Any]:
     """Run `statement` over all rows, as many to a call as SQLite has variables for: a multiple of 64, then the rest, so
-    that a group takes one or two calls and the texts are few enough to stay prepared. Yields the first column of each
-    call's first row, if it has one."""
-    width, at = len(rows[0]), 0
+    that a group takes one or two calls and the texts are few enough to stay prepared. Returns the results, which are rows
+    of one column, or none."""
+    found, width, at = [], len(rows[0]), 0
     most = min(2048, _MAX_VARIABLES // width // 64 * 64)
     while at < len(rows):
         left = len(rows) - at
         n = min(most, left // 256 * 256 or left // 64 * 64 or left)
-        found = db.execute(_with_rows(statement, n, width), list(itertools.chain.from_iterable(rows[at:at + n]))).fetchone()
-        if found is not None:
-            yield found[0]
+        found += db.execute(_with_rows(statement, n, width), list(itertools.chain.from_iterable(rows[at:at + n]))).fetchall()
         at += n
+    return found
 
 
 @functools.lru_cache(STATEMENTS_KEPT)
 def _with_rows(statement: str, n: int, width: int) -> str:
     return statement.format(rows=",".join(["(" + ",".join("?" * width) + ")"] * n))
-
-
-def _run(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) -> None:
-    for _ in _in_rows(db, statement, rows):
-        pass
 
 
 @contextlib.contextmanager
@@ -691,6 +710,11 @@ def _transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[No
         raise
 
 
+def _require(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise StoreError(otherwise)
+
+
 def _own(path: str) -> sqlite3.Connection:
     """Lock the store for this process, by SQLite's own locking, until the connection closes or the process dies."""
     owner = _connect(path + "-owner", timeout=0.5)
@@ -699,9 +723,8 @@ def _own(path: str) -> sqlite3.Connection:
         owner.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
         owner.close()
-        if "locked" in str(error):
-            raise StoreError(f"{path} belongs to another running aggregator: stop that one, or choose another --db")
-        raise StoreError(f"cannot lock {path}-owner ({error}): the folder must be writable")
+        raise StoreError(f"{path} belongs to another running aggregator: stop that one, or choose another --db"
+                         if "locked" in str(error) else f"cannot lock {path}-owner ({error}): the folder must be writable")
     return owner
 
 
@@ -712,21 +735,17 @@ def _check_header(path: str) -> bool:
         with open(path, "rb") as file:
             head = file.read(100)
     except FileNotFoundError:
-        return False
+        head = b""
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}")
-    if not head:
-        return False
     match = _SQLITE_HEADER.match(head)
-    if match is None:
-        raise StoreError(f"{path} is not an SQLite database: choose another --db")
-    version, application = (int.from_bytes(field, "big") for field in match.groups())
-    if application != APPLICATION_ID:
-        raise StoreError(f"{path} is an SQLite database, but not an aggregator's: choose another --db")
-    if version != SCHEMA_VERSION:
-        raise StoreError(f"{path} has schema version {version}, and aggregator {__version__} reads version {SCHEMA_VERSION}:"
-                         " start the aggregator that wrote it, or choose another --db")
-    return True
+    _require(match or not head, f"{path} is not an SQLite database: choose another --db")
+    if match:
+        version, application = (int.from_bytes(field, "big") for field in match.groups())
+        _require(application == APPLICATION_ID, f"{path} is an SQLite database, but not an aggregator's: choose another --db")
+        _require(version == SCHEMA_VERSION, f"{path} has schema version {version}, and aggregator {__version__} reads version"
+                 f" {SCHEMA_VERSION}: start the aggregator that wrote it, or choose another --db")
+    return match is not None
 
 
 class _State(NamedTuple):
@@ -747,16 +766,12 @@ class Store:
     def __init__(self, path: str, full_sync: bool = True, max_per_topic: int = 0, retention_us: int = 0,
                  dedup_retention_us: int = 0) -> None:
         self.path = path = os.path.realpath(path)
-        self._max_per_topic = max_per_topic
-        self._retention_us = retention_us
-        self._dedup_retention_us = dedup_retention_us
+        self._max_per_topic, self._retention_us, self._dedup_retention_us = max_per_topic, retention_us, dedup_retention_us
         folder = os.path.dirname(path)
-        if not os.path.isdir(folder):
-            raise StoreError(f"the folder {folder} does not exist: create it, or choose another --db")
-        if os.path.isdir(path):
-            raise StoreError(f"{path} is a folder: --db names a file")
-        if (os.path.exists(path) and not os.access(path, os.W_OK)) or not os.access(folder, os.W_OK):
-            raise StoreError(f"{path} or its folder is read-only: the user that runs the aggregator must own both")
+        _require(os.path.isdir(folder), f"the folder {folder} does not exist: create it, or choose another --db")
+        _require(not os.path.isdir(path), f"{path} is a folder: --db names a file")
+        _require(os.access(folder, os.W_OK) and (os.access(path, os.W_OK) or not os.path.exists(path)),
+                 f"{path} or its folder is read-only: the user that runs the aggregator must own both")
         _check_header(path)
         self._owner = _own(path)
         try:
@@ -764,46 +779,38 @@ class Store:
             self._open(full_sync)
         except (sqlite3.Error, StoreError) as error:
             self._owner.close()
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot use {path}: {error}; if the file is damaged, move it away or restore a copy")
+            _require(isinstance(error, sqlite3.Error), str(error))
+            raise StoreError(f"cannot use {path}: {error}; SQLite needs its JSON functions, and a damaged file has to be moved"
+                             " away or restored from a copy")
 
     def _open(self, full_sync: bool) -> None:
         db = self._db
-        if sqlite3.sqlite_version_info < (3, 24):
-            raise StoreError(f"this SQLite is {sqlite3.sqlite_version}; 3.24 or newer is needed")
-        try:
-            db.execute("SELECT json_quote('')")
-        except sqlite3.OperationalError:
-            raise StoreError(f"this SQLite ({sqlite3.sqlite_version}) was built without its JSON functions")
+        db.execute("SELECT json_quote('')")
+        _require(sqlite3.sqlite_version_info >= (3, 24), f"this SQLite is {SQLITE_VERSION}: 3.24 or newer is needed")
         db.execute("BEGIN EXCLUSIVE")
-        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+        if _value(db, "PRAGMA user_version") == 0:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
             _run(db, "INSERT INTO progress VALUES {rows}", [(f"{i:02X}", 0) for i in range(256)] + [("listing", 0)])
             db.execute(f"PRAGMA application_id={APPLICATION_ID}")
             db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         db.execute("COMMIT")
-        if db.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
-            raise StoreError(f"{self.path} is on a file system without shared memory, which SQLite's WAL mode needs:"
-                             " choose a local disk")
-        db.execute("PRAGMA synchronous={}".format("FULL" if full_sync else "NORMAL"))
-        db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
-        db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-        db.execute("PRAGMA journal_size_limit=67108864")
-        db.execute("ATTACH ':memory:' AS recent")
-        db.execute(_SCHEMA_RECENT)
-        through = dict(json.loads(db.execute("SELECT json_group_object(part, through) FROM progress").fetchone()[0]))
+        _require(_value(db, "PRAGMA journal_mode=WAL") == "wal", f"{self.path} is on a file system without shared memory, which"
+                 " SQLite's WAL mode needs: choose a local disk")
+        for statement in ("PRAGMA synchronous=" + ("FULL" if full_sync else "NORMAL"), f"PRAGMA cache_size=-{CACHE_KB}",
+                          f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}", "PRAGMA journal_size_limit=67108864",
+                          "ATTACH ':memory:' AS recent", "CREATE TABLE recent.ids" + _KEYS):
+            db.execute(statement)
+        through = json.loads(_value(db, "SELECT json_group_object(part, through) FROM progress"))
         listed = through.pop("listing")
-        oldest = min(sorted(through), key=lambda part: int(through[part]))
+        oldest = min(sorted(through), key=through.get)
         recent = db.execute(_RECOVER, (through[oldest],)).rowcount
-        last_seq = db.execute("SELECT ifnull(max(seq), 0) FROM sqlite_sequence WHERE name = 'processed_events'").fetchone()[0]
+        last_seq = _value(db, "SELECT ifnull(max(seq), 0) FROM sqlite_sequence WHERE name = 'processed_events'")
         self._state = _State(last_seq, recent, int(oldest, 16), listed)
         self._over: Set[str] = set()  # topics that may hold more than max_per_topic
         if self._max_per_topic:
-            self._over.update(json.loads(db.execute(
-                "SELECT json_group_array(name) FROM stats WHERE kind = 'topic' AND uniques - removed > ?",
-                (self._max_per_topic,)).fetchone()[0]))
+            self._over.update(json.loads(_value(db, "SELECT json_group_array(name) FROM stats WHERE kind = 'topic' AND"
+                                                " uniques - removed > ?", (self._max_per_topic,))))
 
     @property
     def newest(self) -> int:
@@ -812,7 +819,7 @@ class Store:
 
     def received(self) -> int:
         """Events decided since the store was made."""
-        return int(self._db.execute("SELECT uniques + duplicates FROM stats WHERE kind = 'total'").fetchone()[0])
+        return int(_value(self._db, "SELECT uniques + duplicates FROM stats WHERE kind = 'total'"))
 
     def commit(self, records: Sequence[Record], now_us: int) -> Decision:
         """Decide, store and count a batch in one transaction."""
@@ -838,7 +845,7 @@ class Store:
         keys = [each[0] for each in records]
         distinct = set(keys)
         known: Dict[bytes, Tuple[int, int, int, str]] = {}  # seq, fingerprint, first_seen, found
-        for found in _in_rows(self._db, _LOOK_UP, list(zip(sorted(distinct)))):
+        for (found,) in _run(self._db, _LOOK_UP, list(zip(sorted(distinct)))):
             for key, *rest in json.loads(found):
                 known[bytes.fromhex(key)] = tuple(rest)
         if not known and len(distinct) == len(keys):
@@ -856,17 +863,17 @@ class Store:
 
     def _count(self, records: Sequence[Record], repeats: Sequence[Tuple[int, Verdict]], now_us: int) -> None:
         """Totals, topics, sources and the delays of duplicates, in one statement."""
-        topics, sources = Counter([each.topic for each in records]), Counter([each.source for each in records])
-        topics_again = Counter([records[index].topic for index, _ in repeats])
-        sources_again = Counter([records[index].source for index, _ in repeats])
-        delays = Counter([_delay_bucket(now_us - verdict.first_seen) for _, verdict in repeats])
         conflicts = sum([verdict.kind == "conflict" for _, verdict in repeats])
-        _run(self._db, _COUNT, [("total", "", len(records) - len(repeats), len(repeats), conflicts, 0)]
-             + [("topic", name, n - topics_again[name], topics_again[name], 0, 0) for name, n in topics.items()]
-             + [("source", name, n - sources_again[name], sources_again[name], 0, 0) for name, n in sources.items()]
-             + [("delay", name, 0, n, 0, 0) for name, n in delays.items()])
+        delays = Counter([_delay_bucket(now_us - verdict.first_seen) for _, verdict in repeats])
+        rows: List[Tuple[Any, ...]] = [("total", "", len(records) - len(repeats), len(repeats), conflicts, 0)]
+        rows += [("delay", name, 0, n, 0, 0) for name, n in delays.items()]
+        for kind, field in (("topic", 2), ("source", 5)):
+            names = Counter([each[field] for each in records])
+            again = Counter([records[index][field] for index, _ in repeats])
+            rows += [(kind, name, n - again[name], again[name], 0, 0) for name, n in names.items()]
+        _run(self._db, _COUNT, rows)
         if self._max_per_topic:
-            self._over.update(topics)
+            self._over.update([each.topic for each in records])
 
     def _track(self, numbered: Sequence[Record]) -> None:
         """Keep account of which sequence numbers each source has left out."""
@@ -876,7 +883,7 @@ class Store:
         if not numbers:
             return
         rows, known = [], {}  # type: Tuple[List[Tuple[Any, ...]], Dict[str, Any]]
-        for found in _in_rows(self._db, _SEQUENCES, [(source,) for source in numbers]):
+        for (found,) in _run(self._db, _SEQUENCES, [(source,) for source in numbers]):
             known.update(json.loads(found))
         for source, arrived in numbers.items():
             newest, given_up, ranges = known.get(source, (min(arrived) - 1, 0, []))
@@ -915,7 +922,7 @@ class Store:
     def locate(self, topic: str, event_id: str) -> Optional[int]:
         """The seq of an identity, whether or not its event is still in the log; None if it was never seen."""
         with _transaction(self._db, "DEFERRED"):
-            found = json.loads(self._db.execute(_with_rows(_LOOK_UP, 1, 1), (identity(topic, event_id),)).fetchone()[0])
+            found = json.loads(_value(self._db, _with_rows(_LOOK_UP, 1, 1), (identity(topic, event_id),)))
         return int(found[0][1]) if found else None
 
     # Retention. Removed is what is oldest: by arrival for --retention, by timestamp for --max-events-per-topic, whichever
@@ -935,9 +942,9 @@ class Store:
         """The seqs of the oldest events that --retention has done with."""
         if not self._retention_us:
             return []
-        return list(json.loads(self._db.execute(
-            "SELECT json_group_array(seq) FROM (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?)"
-            " WHERE processed_at < ?", (rows, now_us - self._retention_us)).fetchone()[0]))
+        return list(json.loads(_value(
+            self._db, "SELECT json_group_array(seq) FROM (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?)"
+            " WHERE processed_at < ?", (rows, now_us - self._retention_us))))
 
     def _trim(self, state: "_State", now_us: int, rows: int) -> "_State":
         """Remove up to `rows` events that retention has done with."""
@@ -949,28 +956,16 @@ class Store:
         for topic in sorted(self._over):
             if len(gone) >= rows:
                 break
-            (stored,) = self._db.execute("SELECT uniques - removed FROM stats WHERE kind = 'topic' AND name = ?",
-                                         (topic,)).fetchone()
+            stored = _value(self._db, "SELECT uniques - removed FROM stats WHERE kind = 'topic' AND name = ?", (topic,))
             if stored <= self._max_per_topic:  # so only once what was removed before is committed
                 self._over.discard(topic)
             else:
-                gone += json.loads(self._db.execute(
-                    "SELECT json_group_array(seq) FROM (SELECT seq FROM listing WHERE topic = ? ORDER BY timestamp, seq LIMIT ?)",
-                    (topic, min(stored - self._max_per_topic, rows - len(gone)))).fetchone()[0])
-        if gone:
-            self._remove(sorted(set(gone)))
+                gone += json.loads(_value(
+                    self._db, "SELECT json_group_array(seq) FROM (SELECT seq FROM listing WHERE topic = ? ORDER BY timestamp, seq"
+                    " LIMIT ?)", (topic, min(stored - self._max_per_topic, rows - len(gone)))))
+        for statement in _REMOVE if gone else ():
+            self._db.execute(statement, (json.dumps(sorted(set(gone))),))
         return state
-
-    def _remove(self, seqs: List[int]) -> None:
-        """Take events off the log. Their keys go to `seen` first, for the few that no merge has moved yet."""
-        wanted = json.dumps(seqs)
-        self._db.execute(_ENTOMB, (wanted,))
-        topics = json.loads(self._db.execute(
-            "SELECT json_group_array(json_array(topic, n)) FROM (SELECT topic, count(*) AS n FROM processed_events WHERE seq"
-            " IN (SELECT value FROM json_each(?)) GROUP BY topic)", (wanted,)).fetchone()[0])
-        for statement in _REMOVE:
-            self._db.execute(statement, (wanted,))
-        _run(self._db, _COUNT, [("total", "", 0, 0, 0, len(seqs))] + [("topic", name, 0, 0, 0, n) for name, n in topics])
 
     def probe(self) -> None:
         """Prove that the store can be written, by writing."""
@@ -1009,82 +1004,62 @@ def close_gaps(newest: int, ranges: Sequence[Sequence[int]], arrived: Sequence[i
 
 def _delay_bucket(delay_us: int) -> str:
     """The histogram bucket of a duplicate's delay: the least bound in seconds that is not below it, or "inf"."""
-    for bound in DELAY_BOUNDS_S:
-        if delay_us <= bound * 1_000_000:
-            return str(bound)
-    return "inf"
+    return str(next((bound for bound in DELAY_BOUNDS_S if delay_us <= bound * 1_000_000), "inf"))
 
 
 # What must hold in a store at rest: a sentence, and a query that counts what contradicts it.
 _CHECKS = (
-    ("every event carries the key and the fingerprint of its content",
-     "SELECT count(*) FROM processed_events WHERE key <> identity(topic, event_id)"
-     " OR fingerprint <> fingerprint(source, payload)"),
+    ("every event can be read back, and carries the key and the fingerprint of its content",
+     "SELECT count(*) FROM processed_events WHERE key <> identity(topic, event_id) OR fingerprint <> fingerprint(source, payload)"
+     " OR NOT json_valid(payload)"),
     ("no identity is in the log twice", "SELECT count(*) - count(DISTINCT key) FROM processed_events"),
-    ("no tombstone contradicts the log",
-     "SELECT count(*) FROM processed_events AS e JOIN seen AS s ON s.key = e.key WHERE s.seq <> e.seq"),
     ("no two tombstones share a seq", "SELECT count(*) - count(DISTINCT seq) FROM seen"),
-    ("every event below its slice's mark has its tombstone",
-     "SELECT count(*) FROM processed_events AS e WHERE seq <= (SELECT through FROM progress WHERE part = hex(substr(key, 1, 1)))"
-     " AND NOT EXISTS (SELECT 1 FROM seen AS s WHERE s.key = e.key)"),
+    ("every event below its slice's mark has its tombstone, and none contradicts the log",
+     "SELECT count(*) FROM processed_events AS e LEFT JOIN seen AS s ON s.key = e.key WHERE ifnull(s.seq <> e.seq,"
+     " e.seq <= (SELECT through FROM progress WHERE part = hex(substr(e.key, 1, 1))))"),
     ("all marks are there and none is ahead of the log",
      "SELECT abs(257 - count(*)) + total(through NOT BETWEEN 0 AND (SELECT ifnull(max(seq), 0) FROM sqlite_sequence))"
      " FROM progress"),
-    ("the listing has every event below its mark, and no other",
-     "SELECT (SELECT count(*) FROM processed_events AS e WHERE seq <= (SELECT through FROM progress WHERE part = 'listing') AND"
-     " NOT EXISTS (SELECT 1 FROM listing AS l WHERE l.topic = e.topic AND l.timestamp = e.timestamp AND l.seq = e.seq))"
-     " + (SELECT count(*) FROM listing AS l WHERE NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = l.seq))"),
-    ("the listing by time and the listing by topic are the same",
-     "SELECT (SELECT count(*) FROM (SELECT timestamp, seq FROM listing EXCEPT SELECT timestamp, seq FROM by_time))"
-     " + abs((SELECT count(*) FROM listing) - (SELECT count(*) FROM by_time))"),
-    ("the books balance: unique events are as many as seqs given out",
-     "SELECT abs(uniques - (SELECT ifnull(max(seq), 0) FROM sqlite_sequence)) FROM stats WHERE kind = 'total'"),
-    ("the books balance: unique less removed is what is in the log",
-     "SELECT abs(uniques - removed - (SELECT count(*) FROM processed_events)) FROM stats WHERE kind = 'total'"),
+    ("the listings by topic and by time have every event below their mark, and no other",
+     "WITH below AS (SELECT * FROM processed_events WHERE seq <= (SELECT through FROM progress WHERE part = 'listing')),"
+     " whole AS (SELECT count(*) AS n FROM below NATURAL JOIN listing NATURAL JOIN by_time) SELECT abs(n - (SELECT count(*) FROM"
+     " below)) + abs(n - (SELECT count(*) FROM listing)) + abs(n - (SELECT count(*) FROM by_time)) FROM whole"),
+    ("the books balance: there are as many unique events as seqs given out, and less those removed as many as in the log",
+     "SELECT ifnull(sum(abs(uniques - (SELECT ifnull(max(seq), 0) FROM sqlite_sequence)) + abs(uniques - removed - (SELECT"
+     " count(*) FROM processed_events))), 1) FROM stats WHERE kind = 'total'"),
     ("the books balance: topics, sources and delays add up to the totals",
-     "SELECT total(d) FROM (SELECT abs(sum(CASE kind WHEN 'total' THEN uniques WHEN 'topic' THEN -uniques ELSE 0 END))"
-     " + abs(sum(CASE kind WHEN 'total' THEN uniques WHEN 'source' THEN -uniques ELSE 0 END))"
-     " + abs(sum(CASE kind WHEN 'total' THEN duplicates WHEN 'topic' THEN -duplicates ELSE 0 END))"
-     " + abs(sum(CASE kind WHEN 'total' THEN duplicates WHEN 'source' THEN -duplicates ELSE 0 END))"
-     " + abs(sum(CASE kind WHEN 'total' THEN duplicates WHEN 'delay' THEN -duplicates ELSE 0 END))"
-     " + abs(sum(CASE kind WHEN 'total' THEN removed WHEN 'topic' THEN -removed ELSE 0 END)) AS d FROM stats)"),
+     "SELECT " + " + ".join(f"abs(total({column} * ((kind = 'total') - (kind = '{kind}'))))" for column, kind in (
+         ("uniques", "topic"), ("duplicates", "topic"), ("removed", "topic"), ("uniques", "source"), ("duplicates", "source"),
+         ("duplicates", "delay"))) + " FROM stats"),
     ("the books balance: every topic counts what it holds",
      "SELECT count(*) FROM stats AS t LEFT JOIN (SELECT topic, count(*) AS n FROM processed_events GROUP BY topic) AS e ON"
      " e.topic = t.name WHERE kind = 'topic' AND uniques - removed <> ifnull(n, 0)"),
     ("every source's missing sequence numbers are counted",
      "SELECT count(*) FROM sequences WHERE missing <> (SELECT ifnull(sum(json_extract(value, '$[1]') + 1"
-     " - json_extract(value, '$[0]')), 0) FROM json_each(ranges))"),
-    ("every payload can be read back", "SELECT count(*) FROM processed_events WHERE NOT json_valid(payload)"))
+     " - json_extract(value, '$[0]')), 0) FROM json_each(ranges))"))
 
 
 def check_store(path: str) -> Iterator[Tuple[bool, str]]:
     """Verify the store of a stopped service: one (holds, sentence) after the other. Raises StoreError if it cannot be
     opened, or a service is running on it."""
     path = os.path.realpath(path)
-    if not _check_header(path):
-        raise StoreError(f"there is no store at {path}")
-    owner = _own(path)
-    try:
-        db = _connect(path, timeout=5.0)
+    _require(_check_header(path), f"there is no store at {path}")
+    with contextlib.closing(_own(path)), contextlib.closing(_connect(path, timeout=5.0)) as db:
         try:
             db.execute("PRAGMA query_only=1")
             db.execute("PRAGMA mmap_size=1073741824")
-            found = [row[0] for row in db.execute("PRAGMA integrity_check(5)")]
-            yield found == ["ok"], "SQLite finds the file intact" + ("" if found == ["ok"] else ": NOT: " + "; ".join(found))
+            found = "; ".join(row[0] for row in db.execute("PRAGMA integrity_check(5)"))
+            yield found == "ok", "SQLite finds the file intact" + ("" if found == "ok" else ": NOT: " + found)
             db.create_function("identity", 2, identity)
             db.create_function("fingerprint", 2, fingerprint)
             for sentence, query in _CHECKS:
-                (count,) = db.execute(query).fetchone()
-                yield count == 0, sentence + ("" if count == 0 else f": NOT: {count:,.0f} contradict it")
+                count = _value(db, query)
+                yield count == 0, sentence + (f": NOT: {count:,.0f} contradict it" if count else "")
             events, topics, tombstones = db.execute("SELECT (SELECT count(*) FROM processed_events), (SELECT count(*) FROM stats"
                                                     " WHERE kind = 'topic'), (SELECT count(*) FROM seen)").fetchone()
             yield True, f"{events:,} events of {topics:,} topics, {tombstones:,} tombstones"
-        finally:
-            db.close()
-    except sqlite3.Error as error:
-        yield False, f"SQLite can read the file: NOT: {error}"
-    finally:
-        owner.close()
+        except sqlite3.Error as error:
+            yield False, f"SQLite can read the file: NOT: {error}"
 
 
 class Reader:
@@ -1101,70 +1076,51 @@ class Reader:
 
     def page(self, query: EventQuery, separator: str = ",") -> Page:
         """The events that `query` asks for, ordered by (timestamp, seq), as JSON texts with `separator` between."""
-        where, values = ["1"], []  # type: Tuple[List[str], List[Any]]
-        for condition, value in (("timestamp >= ?", query.since), ("timestamp < ?", query.until),
-                                 ("topic = ?", None if query.prefix else query.topic)):
-            if value is not None:
-                where.append(condition)
-                values.append(value)
-        if query.after is not None:
-            where.append("(timestamp, seq) {} (?, ?)".format("<" if query.descending else ">"))
-            values.extend(query.after)
-        filters, filter_values = ["1"], []  # type: Tuple[List[str], List[Any]]
-        if query.prefix and query.topic:
-            filters.append("(SELECT substr(topic, 1, ?) FROM processed_events AS s WHERE s.seq = f.seq) = ?")
-            filter_values += [len(query.topic), query.topic]
-        if query.source is not None:
-            filters.append("(SELECT source FROM processed_events AS s WHERE s.seq = f.seq) = ?")
-            filter_values.append(query.source)
-        scan = query.limit + 1 if len(filters) == 1 else PAGE_MAX_SCAN
+        exact = query.topic is not None and not query.prefix
+        beyond, order = ("<", "DESC") if query.descending else (">", "ASC")
+        where = _all((exact, "topic = :topic"), (query.since is not None, "timestamp >= :since"),
+                     (query.until is not None, "timestamp < :until"), (query.after, f"(timestamp, seq) {beyond} (:at, :seq)"))
+        filtered = query.source is not None or query.prefix and query.topic
+        values = dict(query._asdict(), scan=PAGE_MAX_SCAN if filtered else query.limit + 1, most=query.limit + 1)
+        values["at"], values["seq"] = query.after or (None, None)
         # The listing, and the end of the log that it does not have yet.
-        rows = ("SELECT timestamp, seq FROM {2} WHERE {0} UNION ALL SELECT timestamp, seq FROM processed_events WHERE seq >"
-                " (SELECT through FROM progress WHERE part = 'listing') AND {0} ORDER BY timestamp {1}, seq {1}".format(
-                    " AND ".join(where), "DESC" if query.descending else "ASC",
-                    "listing" if query.topic is not None and not query.prefix else "by_time"))
-        values *= 2
+        rows = f"""
+            SELECT timestamp, seq FROM {"listing" if exact else "by_time"} WHERE {where}
+            UNION ALL SELECT timestamp, seq FROM processed_events WHERE {where} AND seq > (
+                SELECT through FROM progress WHERE part = 'listing') ORDER BY timestamp {order}, seq {order}"""
         with _transaction(self._db, "DEFERRED"):
-            keys = json.loads(self._db.execute(
-                "SELECT json_group_array(json_array(timestamp, seq, (SELECT length(CAST(payload AS BLOB)) FROM"
-                " processed_events AS p WHERE p.seq = f.seq))) FROM (SELECT timestamp, seq FROM ({} LIMIT ?) AS f WHERE {}"
-                " LIMIT ?) AS f".format(rows, " AND ".join(filters)),
-                values + [scan] + filter_values + [query.limit + 1]).fetchone()[0])
-            taken = _how_many([key[2] for key in keys[:query.limit]])
+            keys = json.loads(_value(self._db, f"""
+                SELECT json_group_array(json_array(at, seq, size)) FROM (
+                    SELECT f.timestamp AS at, f.seq AS seq, length(CAST(payload AS BLOB)) AS size FROM ({rows} LIMIT :scan) AS f
+                    CROSS JOIN processed_events AS e ON e.seq = f.seq WHERE {_topic_and_source(query)} LIMIT :most)""", values))
+            taken = _how_many([size for _, _, size in keys[:query.limit]])
             following: Optional[Tuple[int, int]] = None
             if taken < len(keys):
                 following = (keys[taken - 1][0], keys[taken - 1][1])
-            elif len(filters) > 1:  # nothing more among the rows looked at: go on behind them, if there are any
-                following = self._db.execute(f"SELECT timestamp, seq FROM ({rows} LIMIT 1 OFFSET ?)",
-                                             values + [scan - 1]).fetchone()
-            return Page(self._lines([key[1] for key in keys[:taken]], separator), taken, following)
-
-    def _lines(self, seqs: List[int], separator: str) -> str:
-        """These events as JSON texts, in one step for all."""
-        return self._db.execute(f"SELECT group_concat(line, ?) FROM (SELECT {_LINE} AS line FROM json_each(?) AS j CROSS JOIN"
-                                " processed_events AS e ON e.seq = j.value)", (separator, json.dumps(seqs))).fetchone()[0] or ""
+            elif filtered:  # nothing more among the rows looked at: go on behind them, if there are any
+                following = self._db.execute(f"SELECT * FROM ({rows} LIMIT 1 OFFSET :scan - 1)", values).fetchone()
+            return Page(self._lines([seq for _, seq, _ in keys[:taken]], separator), taken, following)
 
     def tail(self, query: EventQuery, after: int) -> Tail:
         """The events after seq `after`, in order of seq, that match the topic and source of `query`: up to PAGE_MAX of them,
         found among the next PAGE_MAX_SCAN."""
-        filters, values = ["seq > ?", "seq <= ?"], [after, after + PAGE_MAX_SCAN]  # type: Tuple[List[str], List[Any]]
-        if query.topic:
-            filters.append("substr(topic, 1, ?) = ?" if query.prefix else "topic = ?")
-            values += [len(query.topic), query.topic] if query.prefix else [query.topic]
-        if query.source is not None:
-            filters.append("source = ?")
-            values.append(query.source)
+        last = after + PAGE_MAX_SCAN
         with _transaction(self._db, "DEFERRED"):
             newest, oldest = self._db.execute("SELECT ifnull((SELECT seq FROM sqlite_sequence), 0), (SELECT min(seq) FROM"
                                               " processed_events)").fetchone()
-            keys = json.loads(self._db.execute(
-                "SELECT json_group_array(json_array(seq, length(CAST(payload AS BLOB)))) FROM (SELECT seq, payload FROM"
-                " processed_events WHERE {} ORDER BY seq LIMIT ?)".format(" AND ".join(filters)),
-                values + [PAGE_MAX]).fetchone()[0])
-            seqs = [key[0] for key in keys[:_how_many([key[1] for key in keys])]]
-            whole = len(seqs) == len(keys) < PAGE_MAX
-            return Tail(seqs, self._lines(seqs, "\n") if seqs else "", min(newest, after + PAGE_MAX_SCAN) if whole else seqs[-1],
-                        newest, newest + 1 if oldest is None else oldest)
+            keys = json.loads(_value(self._db, f"""
+                SELECT json_group_array(json_array(seq, length(CAST(payload AS BLOB)))) FROM (
+                    SELECT seq, payload FROM processed_events WHERE seq > :after AND seq <= :last AND {_topic_and_source(query)}
+                    ORDER BY seq LIMIT {PAGE_MAX})""", dict(query._asdict(), after=after, last=last)))
+            seqs = [seq for seq, _ in keys[:_how_many([size for _, size in keys])]]
+            through = min(newest, last) if len(seqs) == len(keys) < PAGE_MAX else seqs[-1]
+            return Tail(seqs, self._lines(seqs, "\n"), through, newest, newest + 1 if oldest is None else oldest)
+
+    def _lines(self, seqs: List[int], separator: str) -> str:
+        """These events as JSON texts, in one step for all."""
+        return str(_value(self._db, f"""
+            SELECT ifnull(group_concat(line, ?), '') FROM (SELECT {_LINE} AS line FROM json_each(?) AS j
+            CROSS JOIN processed_events AS e ON e.seq = j.value)""", (separator, json.dumps(seqs))))
 
     def event(self, seq: int) -> Optional[str]:
         """One event as JSON text, or None if it is not in the log."""
@@ -1176,10 +1132,10 @@ class Reader:
         """The sources that left out sequence numbers, most missing first: what is missing as [first, last], the last
         PAGE_DEFAULT ranges of each."""
         with _transaction(self._db, "DEFERRED"):
-            found = json.loads(self._db.execute(
-                "SELECT json_group_array(json_array(source, newest, missing, given_up, json(ranges))) FROM (SELECT * FROM"
-                " sequences WHERE missing + given_up > 0 AND source = ifnull(?1, source) ORDER BY missing DESC, source LIMIT ?2)",
-                (source, limit)).fetchone()[0])
+            found = json.loads(_value(self._db, """
+                SELECT json_group_array(json_array(source, newest, missing, given_up, json(ranges))) FROM (SELECT * FROM sequences
+                WHERE missing + given_up > 0 AND source = ifnull(?, source) ORDER BY missing DESC, source LIMIT ?)""",
+                                           (source, limit)))
         return [{"source": name, "newest": newest, "missing_count": missing, "given_up": given_up,
                  "missing": ranges[-PAGE_DEFAULT:]} for name, newest, missing, given_up, ranges in found]
 
@@ -1187,28 +1143,25 @@ class Reader:
         """The totals, the topics with most events, the sources with most duplicates, the duplicates by delay, and the size
         of the store in bytes, all from one snapshot."""
         with _transaction(self._db, "DEFERRED"):
-            found = json.loads(self._db.execute(
-                "SELECT json_object('total', (SELECT json_array(uniques, duplicates, conflicts, removed) FROM stats WHERE kind"
-                " = 'total'), 'topics', (SELECT json_group_array(json_array(name, uniques, duplicates, uniques - removed))"
-                " FROM (SELECT * FROM stats WHERE kind = 'topic' ORDER BY uniques DESC, name LIMIT ?1)), 'sources', (SELECT"
-                " json_group_array(json_array(name, uniques, duplicates)) FROM (SELECT * FROM stats WHERE kind = 'source'"
-                " ORDER BY duplicates DESC, name LIMIT ?1)), 'delays', (SELECT json_group_object(name, duplicates) FROM stats"
-                " WHERE kind = 'delay'), 'missing', (SELECT total(missing) FROM sequences), 'names', (SELECT"
-                " json_group_object(kind, n) FROM (SELECT kind, count(*) AS n FROM stats GROUP BY kind)))",
-                (STATS_MAX_NAMES,)).fetchone()[0])
-        unique, duplicates, conflicts, removed = found["total"]
-        delays = [(bound, found["delays"].get(str(bound), 0)) for bound in DELAY_BOUNDS_S + ("inf",)]
+            found = json.loads(_value(self._db, _STATS, (STATS_MAX_NAMES,)))
+        delays = found.pop("delays")
+        counts = [(bound, delays.get(str(bound), 0)) for bound in DELAY_BOUNDS_S + (float("inf"),)]
         return {
-            "unique_processed": unique, "duplicate_dropped": duplicates, "conflicts": conflicts,
-            "stored": unique - removed, "removed_by_retention": removed,
-            "topics": {name: {"unique": n, "duplicates": d, "stored": s} for name, n, d, s in found["topics"]},
-            "topics_total": found["names"].get("topic", 0),
-            "sources": {name: {"unique": n, "duplicates": d} for name, n, d in found["sources"]},
-            "sources_total": found["names"].get("source", 0), "gaps": int(found["missing"]),
-            "duplicate_delay_seconds": {str(bound): n for bound, n in delays},
+            **found, "duplicate_delay_seconds": {str(bound): n for bound, n in counts},
             "windows": [{"window_seconds": window, "like": like, "would_have_stored_twice": sum(
-                n for bound, n in delays if isinstance(bound, str) or bound > window)} for window, like in DEDUP_WINDOWS],
+                n for bound, n in counts if bound > window)} for window, like in DEDUP_WINDOWS],
             "store_bytes": sum(os.path.getsize(path) for path in (self._path, self._path + "-wal") if os.path.exists(path))}
+
+
+def _all(*conditions: Tuple[Any, str]) -> str:
+    """The SQL of those conditions that are asked for."""
+    return " AND ".join(["1"] + [condition for asked, condition in conditions if asked])
+
+
+def _topic_and_source(query: EventQuery) -> str:
+    """What of `query` has to be looked up in the event itself."""
+    return _all((query.topic and query.prefix, "substr(topic, 1, length(:topic)) = :topic"),
+                (query.topic and not query.prefix, "topic = :topic"), (query.source is not None, "source = :source"))
 
 
 def _how_many(sizes: Sequence[int]) -> int:
@@ -1415,7 +1368,7 @@ class Pipeline:
         CursorAhead, Unavailable."""
         key = (query, self._newest if after is None else after)
         if key not in self._asked:
-            self._asked[key] = self._loop.create_task(self._ask(self._reading, self._reader.tail, *key))
+            self._asked[key] = self._loop.run_in_executor(self._reading, self._reader.tail, *key)
             self._asked[key].add_done_callback(lambda _: self._asked.pop(key))
         tail = await asyncio.shield(self._asked[key])
         if tail.newest < key[1]:
