@@ -50,7 +50,7 @@ import zlib
 from collections import Counter, deque
 from hashlib import blake2b
 from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple, NoReturn,
-                    Optional, Sequence, Set, Tuple, Union)
+                    Optional, Sequence, Set, Tuple, TypeVar, Union)
 
 __version__ = "1.0.0"
 
@@ -1193,6 +1193,7 @@ class Stopping(Exception):
     """The service is shutting down and takes nothing more."""
 
 
+_T = TypeVar("_T")
 Unavailable = StoreFailed  # by this name the sections that do not know the store know it: send again later
 
 
@@ -1264,9 +1265,9 @@ class Pipeline:
     async def start(self) -> None:
         """Open the store and start the consumer. Raises StoreError."""
         self._loop = asyncio.get_running_loop()
-        self._store = await self._loop.run_in_executor(self._writer, self._open_store)
-        self._reader = await self._loop.run_in_executor(self._reading, Reader, self._store.path)
-        self._taken = await self._loop.run_in_executor(self._writer, self._store.received)
+        self._store = await self._ask(self._writer, self._open_store)
+        self._reader = await self._ask(self._reading, Reader, self._store.path)
+        self._taken = await self._ask(self._writer, self._store.received)
         self._newest = self._store.newest
         self._proven = self._loop.time()
         self._tasks = [self._loop.create_task(self._consume()), self._loop.create_task(self._tidy())]
@@ -1354,21 +1355,21 @@ class Pipeline:
         while True:
             await asyncio.sleep(TIDY_INTERVAL_S)
             try:
-                while await self._loop.run_in_executor(self._writer, self._store.tidy, self._clock()):
+                while await self._ask(self._writer, self._store.tidy, self._clock()):
                     pass
             except Exception as error:
                 log.error("RETENTION FAILED - will try again: %s", error)
 
     async def page(self, query: EventQuery, separator: str = ",") -> Page:
         """Events, see Reader.page. Raises Unavailable."""
-        return await self._loop.run_in_executor(self._reading, self._reader.page, query, separator)
+        return await self._ask(self._reading, self._reader.page, query, separator)
 
     async def tail(self, query: EventQuery, after: Optional[int]) -> Tail:
         """What the log holds behind `after` (None: nothing yet, from now on), see Reader.tail. Raises CursorExpired,
         CursorAhead, Unavailable."""
         key = (query, self._newest if after is None else after)
         if key not in self._asked:
-            self._asked[key] = self._loop.run_in_executor(self._reading, self._reader.tail, *key)
+            self._asked[key] = self._ask(self._reading, self._reader.tail, *key)
             self._asked[key].add_done_callback(lambda _: self._asked.pop(key))
         tail = await asyncio.shield(self._asked[key])
         if tail.newest < key[1]:
@@ -1425,8 +1426,8 @@ class Pipeline:
     async def event(self, topic: str, event_id: str) -> Tuple[Optional[int], Optional[str]]:
         """The seq of an identity, None if it was never seen; and its event as JSON text, None if retention has removed
         it. Raises Unavailable."""
-        seq = await self._loop.run_in_executor(self._writer, self._store.locate, topic, event_id)
-        text = None if seq is None else await self._loop.run_in_executor(self._reading, self._reader.event, seq)
+        seq = await self._ask(self._writer, self._store.locate, topic, event_id)
+        text = None if seq is None else await self._ask(self._reading, self._reader.event, seq)
         return seq, text
 
     async def gaps(self, source: Optional[str], limit: int) -> List[Dict[str, Any]]:
@@ -1436,10 +1437,13 @@ class Pipeline:
 
     async def stats(self) -> Dict[str, Any]:
         """The books, balanced: what the store has counted, and what is taken and not yet counted. Raises Unavailable."""
-        found = await self._loop.run_in_executor(self._reading, self._reader.stats)
+        found = await self._ask(self._reading, self._reader.stats)
         counted = found["unique_processed"] + found["duplicate_dropped"]
         # `_taken` is read after the snapshot and never runs behind it, so what is left is what was still in flight.
         return {"received": self._taken, **found, "current_queue_size": self._taken - counted, "subscribers": self.followers}
+
+    def _ask(self, thread: concurrent.futures.Executor, call: Callable[..., _T], *arguments: Any) -> "asyncio.Future[_T]":
+        return self._loop.run_in_executor(thread, call, *arguments)
 
     async def health(self) -> str:
         """Why events cannot be stored right now, or "" if they can. Where no recent commit shows it, it finds out by
@@ -1450,7 +1454,7 @@ class Pipeline:
             return "the consumer has ended"
         if self._failure or self._loop.time() - self._proven > HEALTH_PROBE_S:
             try:
-                await self._loop.run_in_executor(self._writer, self._store.probe)
+                await self._ask(self._writer, self._store.probe)
                 self._failure, self._proven = "", self._loop.time()
             except Exception as error:
                 self._failure = str(error) or repr(error)
@@ -1467,8 +1471,8 @@ class Pipeline:
             for task in self._tasks + [waiter]:
                 task.cancel()
             await asyncio.gather(*self._tasks, waiter, return_exceptions=True)
-            await self._loop.run_in_executor(self._reading, self._reader.close)
-            await self._loop.run_in_executor(self._writer, self._store.close)
+            await self._ask(self._reading, self._reader.close)
+            await self._ask(self._writer, self._store.close)
         self._writer.shutdown()
         self._reading.shutdown()
         return drained
@@ -1682,13 +1686,14 @@ class RequestParser:
                 _refuse("a chunk is not followed by CR LF where its size says it ends")
             body += buffer[:size]
             del buffer[:size + 2]
-        trailers, left = [], MAX_TRAILER_BYTES
-        while line:
+        left = MAX_TRAILER_BYTES
+        for _ in range(MAX_FIELDS + 1):
             line = yield from self._until(b"\r\n", left, "headers-too-large", "the trailer section")
-            trailers.append(line)
+            if not line:
+                return bytes(body)
+            _parse_fields([line])
             left -= len(line)
-        _parse_fields(trailers[:-1])
-        return bytes(body)
+        _refuse(f"there are more than {MAX_FIELDS} trailer fields", "headers-too-large")
 
 
 def _refuse_body(limit: int, inflated: str = "") -> NoReturn:
@@ -1731,7 +1736,7 @@ def _parse_request_line(line: bytes) -> Tuple[str, bytes, bool]:
 def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
     """Header fields by lower-case name; repeated ones joined, so that what must stand alone no longer matches its form."""
     if len(lines) > MAX_FIELDS:
-        _refuse(f"there are more than {MAX_FIELDS} fields", "headers-too-large")
+        _refuse(f"there are more than {MAX_FIELDS} header fields", "headers-too-large")
     headers: Dict[str, str] = {}
     for line in lines:
         match = _FIELD.fullmatch(line)
