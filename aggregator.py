@@ -629,7 +629,7 @@ SELECT json_object(
     'sources', (SELECT json_group_object(name, json_object('unique', uniques, 'duplicates', duplicates)) FROM
         (SELECT * FROM stats WHERE kind = 'source' ORDER BY duplicates DESC, name LIMIT ?1)),
     'sources_total', (SELECT count(*) FROM stats WHERE kind = 'source'),
-    'gaps', (SELECT ifnull(sum(missing), 0) FROM sequences),
+    'gaps', (SELECT total(missing) FROM sequences),  -- sum() would overflow
     'delays', (SELECT json_group_object(name, duplicates) FROM stats WHERE kind = 'delay')) FROM stats WHERE kind = 'total'"""
 # Instants as the contract spells them, counted from the year 1, because SQL's / and % round towards zero.
 _INSTANT = ("strftime('%Y-%m-%dT%H:%M:%S', ({0} + 62135596800000000) / 1000000 - 62135596800, 'unixepoch')"
@@ -1147,7 +1147,7 @@ class Reader:
         delays = found.pop("delays")
         counts = [(bound, delays.get(str(bound), 0)) for bound in DELAY_BOUNDS_S + (float("inf"),)]
         return {
-            **found, "duplicate_delay_seconds": {str(bound): n for bound, n in counts},
+            **found, "gaps": int(found["gaps"]), "duplicate_delay_seconds": {str(bound): n for bound, n in counts},
             "windows": [{"window_seconds": window, "like": like, "would_have_stored_twice": sum(
                 n for bound, n in counts if bound > window)} for window, like in DEDUP_WINDOWS],
             "store_bytes": sum(os.path.getsize(path) for path in (self._path, self._path + "-wal") if os.path.exists(path))}
