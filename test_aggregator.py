@@ -155,9 +155,9 @@ def test_the_readme_has_every_route_parameter_option_and_problem():
         assert command == "serve" or "aggregator.py {}".format(command) in README
 
 
-def test_the_readme_names_only_tests_that_exist():
-    named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
-    here = set(re.findall(r"^def (test_\w+)", open(__file__, encoding="utf-8").read(), re.M))
+def test_the_readme_names_only_tests_and_exercises_that_exist():
+    named = set(re.findall(r"`((?:test|exercise)_[a-z0-9_]+)`", README))
+    here = set(re.findall(r"^def ((?:test|exercise)_\w+)", open(__file__, encoding="utf-8").read(), re.M))
     assert len(named) > 8 and named <= here
 
 
@@ -2972,3 +2972,40 @@ def test_under_journald_log_lines_leave_the_time_to_it(tmp_path):
         assert program.start_up.startswith("LISTENING") and program.read_log().startswith("INFO LISTENING")
     with Program(tmp_path / "b.db", env={"JOURNAL_STREAM": "1:1"}) as program:
         assert re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2} ", program.read_log())
+
+
+# ======================================================================================================================
+# Exercises of the README: red until they are done. Run with -o python_functions='exercise_*'
+# ======================================================================================================================
+
+def exercise_1_the_list_can_be_filtered_by_a_least_sequence(desk):
+    desk.publish(*[sample(str(n), sequence=n) for n in (1, 5, 3, 8)], sample("none"))
+    assert desk.listed("?min_sequence=4") == ["5", "8"] and desk.listed("?min_sequence=0") == ["1", "5", "3", "8"]
+    assert desk.ask("GET", "/events?min_sequence=x").status == 400
+
+
+def exercise_2_a_bloom_filter_never_denies_what_was_added_and_seldom_affirms_what_was_not():
+    tracemalloc.start()
+    try:
+        bloom = aggregator.Bloom(100_000)  # for so many keys
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    keys = [aggregator.identity("t", str(n)) for n in range(200_000)]
+    for key in keys[:100_000]:
+        bloom.add(key)
+    assert taken <= 130_000 and all(key in bloom for key in keys[:100_000])
+    assert sum(key in bloom for key in keys[100_000:]) <= 1500
+
+
+def exercise_3_a_new_id_is_seldom_looked_up_among_the_tombstones(tmp_path, small_index):
+    path, asked = str(tmp_path / "s.db"), []
+    with contextlib.closing(aggregator.Store(path)) as opened:
+        opened.commit([event(n) for n in range(1000)], NOW)
+    with contextlib.closing(aggregator.Store(path)) as opened:
+        opened._db.set_trace_callback(lambda text: asked.append(text) if re.search(r"\bseen\b", text) else None)
+        for n in range(1000, 1200):
+            opened._decide([event(n)], NOW)
+        assert len(asked) <= 10
+        assert [len(opened.commit([event(n)], NOW).repeats) for n in (0, 500, 999, 2000)] == [1, 1, 1, 0]
+    assert sound(path) == []
