@@ -664,10 +664,8 @@ def record(event: Event) -> Record:
     return Record(identity(event[0], event[1]), fingerprint(event[3], event[4]), *event)
 
 
-def _connect(path: str, **options: Any) -> sqlite3.Connection:
-    db: sqlite3.Connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False,
-                                             cached_statements=STATEMENTS_KEPT, **options)
-    return db
+def _connect(path: str, timeout: float = 5.0) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS_KEPT)
 
 
 def _value(db: sqlite3.Connection, statement: str, values: Any = ()) -> Any:
@@ -775,7 +773,7 @@ class Store:
         _check_header(path)
         self._owner = _own(path)
         try:
-            self._db = _connect(path, timeout=5.0)
+            self._db = _connect(path)
             self._open(full_sync)
         except (sqlite3.Error, StoreError) as error:
             self._owner.close()
@@ -963,8 +961,10 @@ class Store:
                 gone += json.loads(_value(
                     self._db, "SELECT json_group_array(seq) FROM (SELECT seq FROM listing WHERE topic = ? ORDER BY timestamp, seq"
                     " LIMIT ?)", (topic, min(stored - self._max_per_topic, rows - len(gone)))))
-        for statement in _REMOVE if gone else ():
-            self._db.execute(statement, (json.dumps(sorted(set(gone))),))
+        if gone:
+            seqs = json.dumps(sorted(set(gone)))
+            for statement in _REMOVE:
+                self._db.execute(statement, (seqs,))
         return state
 
     def probe(self) -> None:
@@ -974,10 +974,8 @@ class Store:
 
     def close(self) -> None:
         """Fold the WAL into the file and give up ownership. The store stays whole if this never runs."""
-        try:
+        with contextlib.closing(self._owner):
             self._db.close()
-        finally:
-            self._owner.close()
 
 
 def close_gaps(newest: int, ranges: Sequence[Sequence[int]], arrived: Sequence[int]) -> Tuple[int, List[List[int]]]:
@@ -1044,7 +1042,7 @@ def check_store(path: str) -> Iterator[Tuple[bool, str]]:
     opened, or a service is running on it."""
     path = os.path.realpath(path)
     _require(_check_header(path), f"there is no store at {path}")
-    with contextlib.closing(_own(path)), contextlib.closing(_connect(path, timeout=5.0)) as db:
+    with contextlib.closing(_own(path)), contextlib.closing(_connect(path)) as db:
         try:
             db.execute("PRAGMA query_only=1")
             db.execute("PRAGMA mmap_size=1073741824")
@@ -1067,7 +1065,7 @@ class Reader:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._db = _connect(path, timeout=5.0)
+        self._db = _connect(path)
         self._db.execute("PRAGMA query_only=1")
 
     def close(self) -> None:
@@ -1125,8 +1123,7 @@ class Reader:
     def event(self, seq: int) -> Optional[str]:
         """One event as JSON text, or None if it is not in the log."""
         with _transaction(self._db, "DEFERRED"):
-            found = self._db.execute(f"SELECT {_LINE} FROM processed_events AS e WHERE seq = ?", (seq,)).fetchone()
-        return found[0] if found else None
+            return self._lines([seq], "") or None
 
     def gaps(self, source: Optional[str], limit: int) -> List[Dict[str, Any]]:
         """The sources that left out sequence numbers, most missing first: what is missing as [first, last], the last
