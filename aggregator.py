@@ -2155,7 +2155,8 @@ ROUTES = (
             "unique": 1, "duplicates": 1}}, "sources_total": 1, "gaps": 0, "duplicate_delay_seconds": {"1": 0, "10": 1}, "windows": [
                 {"window_seconds": 120, "like": "NATS JetStream, default", "would_have_stored_twice": 0}],
         "store_bytes": 86016, "current_queue_size": 0, "subscribers": 0, "last_commit": {"events": 1, "milliseconds": 0.8},
-        "uptime_seconds": 12.5, "version": __version__, "limits": {"queue_max_size": QUEUE_MAX_EVENTS}}),), _READING),
+        "uptime_seconds": 12.5, "version": __version__, "limits": {"queue_max_size": QUEUE_MAX_EVENTS, "max_events_per_topic": 0,
+            "retention_seconds": 0.0, "max_body": MAX_BODY_BYTES, "dedup_retention_seconds": 0.0}}),), _READING),
     Route("GET", "/metrics", "metrics", (), "The same for Prometheus", (Answer(
         200, "text format 0.0.4", "# HELP aggregator_events_unique_total Events stored.\n# TYPE aggregator_events_unique_total"
         " counter\naggregator_events_unique_total 1\n", METRICS_TYPE),), _READING),
@@ -2230,37 +2231,41 @@ def openapi_json() -> bytes:
                 "type": "http", "scheme": "bearer", "description": "needed if the service has a --token"}}}}).encode()
 
 
+def _marked(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _table(*rows: Sequence[str]) -> str:
+    return "<table>" + "\n".join(["<tr><td>" + "<td>".join(map(_marked, row)) for row in rows]) + "</table>\n"
+
+
+def _links(names: Sequence[str]) -> str:
+    return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
+
+
 @functools.lru_cache(1)
 def docs_html() -> str:
     """The table as the body of an HTML page. The `type` of a problem is a link into it."""
-    def marked(text: str) -> str:
-        return re.sub("`([^`]+)`", r"<code>\1</code>", text.replace("&", "&amp;").replace("<", "&lt;"))
-
-    def table(*rows: Sequence[str]) -> str:
-        return "<table>" + "\n".join(["<tr><td>" + "<td>".join(map(marked, row)) for row in rows]) + "</table>\n"
-
-    def links(names: Sequence[str]) -> str:
-        return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
-
-    parts = [f"<h1>aggregator {__version__}</h1>\n<p>{links([route.handler for route in ROUTES])}"]
+    parts = [f"<h1>aggregator {__version__}</h1>\n<p>{_links([route.handler for route in ROUTES])}"]
     for route in ROUTES:
-        parts.append(f'<h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n' + table(
+        parts.append(f'<h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n' + _table(
             *[(f"`{name}`", place, term["description"], f"`{term['examples'][0]}`") for name, place, term in _meanings(route)],
             *[(f"`{media_type}`", "body", schema["description"]) for media_type, schema in route.bodies.items()]))
         for answer in route.answers:
             target, fields, body = sample_request(route, answer)
-            curl = "curl -s" + "N" * ("follow" in answer.query) + " -X PUT" * (route.method == "PUT") + f" 'localhost:8000{target}'"
-            curl += (body and f" -d '{body}'") + "".join([f" -H '{name}: {value}'" for name, value in fields.items()])
-            parts.append(f"<p>{answer.status}, {answer.meaning}:<pre>{marked(curl)}\n{marked(_wire(answer.example))}</pre>\n")
+            words = ["curl -sN" if "follow" in answer.query else "curl -s", f"'localhost:8000{target}'"]
+            words += ["-X PUT"] * (route.method == "PUT") + [f"-d '{body}'"] * bool(body)
+            curl = " ".join(words + [f"-H '{name}: {value}'" for name, value in fields.items()])
+            parts.append(f"<p>{answer.status}, {answer.meaning}:<pre>{_marked(curl)}\n{_marked(_wire(answer.example))}</pre>\n")
         if route.bodies:
             raw = encode_response(Response(answer.status, _wire(answer.example).encode()), http_date(0), True).decode()
             parts.append(f"<p>This one on the wire:<pre>{route.method} {target} HTTP/1.1\nHost: localhost:8000\n"
-                         f"Content-Length: {len(body)}\n\n{marked(body)}\n\n{marked(raw)}</pre>\n")
-        parts.append("<p>Problems: " + links(route.problems) if route.problems else "")
-    parts.append("<p>Any request may also meet: " + links(ANYWHERE + NOWHERE))
-    parts.append("\n<h2>An event</h2>\n" + table(*[(f"`{name}`", TERMS[name]["description"]) for name in _EVENT]))
+                         f"Content-Length: {len(body)}\n\n{_marked(body)}\n\n{_marked(raw)}</pre>\n")
+        parts.append("<p>Problems: " + _links(route.problems) if route.problems else "")
+    parts.append("<p>Any request may also meet: " + _links(ANYWHERE + NOWHERE))
+    parts.append("\n<h2>An event</h2>\n" + _table(*[(f"`{name}`", TERMS[name]["description"]) for name in _EVENT]))
     parts.append("<h2>Problems</h2>\n<dl>\n" + "".join([
-        f'<dt id="{name}"><code>{name}</code> {status}: {title}<dd>{marked(advice)}\n'
+        f'<dt id="{name}"><code>{name}</code> {status}: {title}<dd>{_marked(advice)}\n'
         for name, (status, title, advice) in PROBLEMS.items()]) + "</dl>\n")
     return "".join(parts)
 
