@@ -2151,9 +2151,10 @@ ROUTES = (
           _READING),
     Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like", (Answer(200, "all of it", {
         "received": 2, "unique_processed": 1, "duplicate_dropped": 1, "conflicts": 0, "stored": 1, "removed_by_retention": 0,
-        "topics": {"door/front": {"unique": 1, "duplicates": 1, "stored": 1}}, "topics_total": 1, "sources": {"192.0.2.7": {
-            "unique": 1, "duplicates": 1}}, "sources_total": 1, "gaps": 0, "duplicate_delay_seconds": {"1": 0, "10": 1}, "windows": [
-                {"window_seconds": 120, "like": "NATS JetStream, default", "would_have_stored_twice": 0}],
+        "topics": {"door/front": {"unique": 1, "duplicates": 1, "stored": 1}}, "topics_total": 1,
+        "sources": {"192.0.2.7": {"unique": 1, "duplicates": 1}}, "sources_total": 1, "gaps": 0,
+        "duplicate_delay_seconds": {"1": 0, "10": 1}, "windows": [
+            {"window_seconds": 120, "like": "NATS JetStream, default", "would_have_stored_twice": 0}],
         "store_bytes": 86016, "current_queue_size": 0, "subscribers": 0, "last_commit": {"events": 1, "milliseconds": 0.8},
         "uptime_seconds": 12.5, "version": __version__, "limits": {"queue_max_size": QUEUE_MAX_EVENTS, "max_events_per_topic": 0,
             "retention_seconds": 0.0, "max_body": MAX_BODY_BYTES, "dedup_retention_seconds": 0.0}}),), _READING),
