@@ -97,6 +97,7 @@ FOLLOW_GATHER_S = 0.05  # commits closer together than this wake the followers o
 FOLLOW_SPREAD_S = 0.0001  # each follower answers so much later than the one before: 200 at once would hold up publishers
 FOLLOW_RETRY_MS = 2000  # after which a browser connects again
 STATS_MAX_NAMES = 1000  # topics, and sources, listed by name in GET /stats
+METRICS_MAX_TOPICS = 100  # topics with series of their own in GET /metrics: whoever scrapes keeps each for weeks
 
 RECENT_IDS = 384 * 1024  # keys kept in memory before a slice of them is merged; about 70 bytes each
 LIST_ROWS = 4096  # events that gather before the listing is fed with them, sorted
@@ -104,6 +105,8 @@ CACHE_KB = 16 * 1024  # SQLite's page cache of the writer
 STATEMENTS_KEPT = 300  # prepared statements, so that no group size has to be prepared twice; about 20 KB each
 CHECKPOINT_PAGES = 2000  # WAL pages of 4 KB after which a commit also writes them back to the file
 DELAY_BOUNDS_S = (1, 10, 60, 120, 300, 600, 3600, 21_600, 86_400, 604_800, 2_592_000)  # of the duplicate-delay histogram
+COMMIT_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # of commits, by duration
+COMMIT_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)  # of commits, by events
 DEDUP_WINDOWS = ((120, "NATS JetStream, default"), (300, "Amazon SQS FIFO"), (600, "Azure Service Bus, default"))
 DUPLICATES_KEPT = 500  # the last duplicates, in memory, for GET /duplicates
 GAPS_KEPT = 500  # missing ranges of sequence numbers remembered for each source; beyond it the lowest is given up
@@ -125,34 +128,36 @@ STOP_REQUESTS_S = 4.0  # for requests under way at SIGTERM
 STOP_DRAIN_S = 4.0  # for the queue after that; together well under the 10 s that `docker stop` grants
 HEALTH_PROBE_S = 60.0  # a health check writes if no commit has proved for so long that the store can be written
 
-# One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457).
-PROBLEMS: Dict[str, Tuple[int, str]] = {
-    "bad-request": (400, "The request is not valid HTTP/1.1"),
-    "bad-parameter": (400, "A query parameter is not valid"),
-    "not-json": (400, "The body is not JSON"),
-    "unauthorized": (401, "A token is needed"),
-    "forbidden": (403, "This is not allowed from here, or with this token"),
-    "not-found": (404, "There is nothing here"),
-    "no-such-event": (404, "No such event"),
-    "method-not-allowed": (405, "The method is not allowed here"),
-    "timeout": (408, "The request took too long to arrive"),
-    "conflict": (409, "This identity is taken by another event"),
-    "gone": (410, "The event is no longer stored"),
-    "too-large": (413, "The body is too large"),
-    "batch-too-large": (413, "The batch is larger than the queue"),
-    "target-too-long": (414, "The request target is too long"),
-    "unsupported-encoding": (415, "The Content-Encoding is not supported"),
-    "expectation-failed": (417, "The expectation cannot be met"),
-    "misdirected": (421, "This host name is not ours"),
-    "invalid-event": (422, "An event is not valid"),
-    "headers-too-large": (431, "The header fields are too large"),
-    "internal-error": (500, "The service has a bug"),
-    "not-implemented": (501, "This is not implemented"),
-    "queue-full": (503, "The queue is full"),
-    "store-unavailable": (503, "The store cannot be written or read"),
-    "stopping": (503, "The service is stopping"),
-    "too-many-connections": (503, "Too many connections"),
-    "version-not-supported": (505, "The HTTP version is not supported"),
+# One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457), and when
+# it is said and what to do.
+PROBLEMS: Dict[str, Tuple[int, str, str]] = {
+    "bad-request": (400, "The request is not valid HTTP/1.1", "not HTTP/1.1 as RFC 9112 has it; the detail says where"),
+    "bad-parameter": (400, "A query parameter is not valid", "a query parameter is unknown, given twice, or has no such value"),
+    "not-json": (400, "The body is not JSON", "the body is no JSON in UTF-8; the detail gives line and column"),
+    "unauthorized": (401, "A token is needed", "`--token` is set: send `Authorization: Bearer TOKEN`"),
+    "forbidden": (403, "This is not allowed from here, or with this token", "the token only reads, or a page of another"
+                  " site wants to write: `--allow-origin`"),
+    "not-found": (404, "There is nothing here", "no such route; `GET /` lists them"),
+    "no-such-event": (404, "No such event", "this identity was never stored"),
+    "method-not-allowed": (405, "The method is not allowed here", "`Allow` lists what is"),
+    "timeout": (408, "The request took too long to arrive", "the request came too slowly"),
+    "conflict": (409, "This identity is taken by another event", "it holds another content: choose another `event_id`"),
+    "gone": (410, "The event is no longer stored", "retention removed it, and its id is still known; follow from `oldest_seq`"),
+    "too-large": (413, "The body is too large", "it exceeds `--max-body`, as sent or inflated: send less at a time"),
+    "batch-too-large": (413, "The batch is larger than the queue", "more than `--queue-max-size`: send fewer at a time"),
+    "target-too-long": (414, "The request target is too long", "the request line exceeds 8,000 bytes"),
+    "unsupported-encoding": (415, "The Content-Encoding is not supported", "only gzip is taken"),
+    "expectation-failed": (417, "The expectation cannot be met", "only `100-continue` is met"),
+    "misdirected": (421, "This host name is not ours", "on loopback and not a name of it: `--allow-host`"),
+    "invalid-event": (422, "An event is not valid", "`errors` lists index, field and fault of all of them; nothing was taken"),
+    "headers-too-large": (431, "The header fields are too large", "more than 32 KB or 100 fields"),
+    "internal-error": (500, "The service has a bug", "please report the log"),
+    "not-implemented": (501, "This is not implemented", "unknown method or transfer coding"),
+    "queue-full": (503, "The queue is full", "retry after `Retry-After` seconds; nothing was taken"),
+    "store-unavailable": (503, "The store cannot be written or read", "disk full, locked or broken; nothing was stored: retry"),
+    "stopping": (503, "The service is stopping", "retry"),
+    "too-many-connections": (503, "Too many connections", "1,000 are open: retry"),
+    "version-not-supported": (505, "The HTTP version is not supported", "neither HTTP/1.1 nor HTTP/1.0"),
 }
 
 
@@ -1224,6 +1229,18 @@ class Receipt(NamedTuple):
             yield repeats[index] if index in repeats else Verdict("new", next(seqs), self.now_us, "nowhere")
 
 
+class Histogram:
+    """Observations counted by their bounds (inclusive, ascending; the last count is of what exceeds them all), and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        """Count one observation."""
+        self.counts[sum([bound < value for bound in self.bounds])] += 1
+        self.sum += value
+
+
 class _Batch(NamedTuple):
     records: List[Record]
     size: int  # bytes of the body
@@ -1244,6 +1261,8 @@ class Pipeline:
         self._in_flight = self._in_flight_bytes = 0  # events taken and neither committed nor refused
         self._taken = 0  # events ever taken and not refused since
         self.duplicates: deque[Tuple[Record, Verdict, int]] = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
+        self.last_commit = (0, 0)  # its events, and the microseconds it took
+        self.commit_events, self.commit_seconds = Histogram(COMMIT_BOUNDS), Histogram(COMMIT_BOUNDS_S)
         self._stopping = False
         self._failure = ""  # why the last commit failed, empty once one succeeds
         self._proven = 0.0  # when the store was last written, by the loop's clock
@@ -1313,8 +1332,12 @@ class Pipeline:
                 outcome = Unavailable(self._failure)
                 log.error("COMMIT FAILED - %d events of %d requests refused, nothing of them stored: %s", count,
                           len(group), outcome, exc_info=not isinstance(error, StoreFailed))
-            self._settle(group, count, outcome, int((self._loop.time() - started) * 1e6))
+            commit_us = int((self._loop.time() - started) * 1e6)
+            self._settle(group, count, outcome, commit_us)
             if isinstance(outcome, Decision):
+                self.last_commit = (count, commit_us)
+                self.commit_events.add(count)
+                self.commit_seconds.add(commit_us / 1e6)
                 self._newest = outcome.first_seq + count - len(outcome.repeats) - 1
                 if self._news is not None:
                     self._wake_soon(self._news)
@@ -1437,7 +1460,8 @@ class Pipeline:
         found = await self._ask(self._reading, self._reader.stats)
         counted = found["unique_processed"] + found["duplicate_dropped"]
         # `_taken` is read after the snapshot and never runs behind it, so what is left is what was still in flight.
-        return {"received": self._taken, **found, "current_queue_size": self._taken - counted, "subscribers": self.followers}
+        return {"received": self._taken, **found, "current_queue_size": self._taken - counted, "subscribers": self.followers,
+                "last_commit": {"events": self.last_commit[0], "milliseconds": self.last_commit[1] / 1000}}
 
     def _ask(self, thread: concurrent.futures.Executor, call: Callable[..., _T], *arguments: Any) -> "asyncio.Future[_T]":
         return self._loop.run_in_executor(thread, call, *arguments)
@@ -1859,33 +1883,280 @@ def _encode_head(status: int, content_type: str, headers: Tuple[Tuple[str, str],
 # ======================================================================================================================
 # §6  Reference: the table of routes, and what is made from it
 #
-# A route is a row: method, path, handler, query parameters. Dispatch, 404, 405, OPTIONS and HEAD come from the table.
+# A route is a row: what it takes, what it answers, what can go wrong. Dispatch, 404, 405, OPTIONS and HEAD come from the
+# table, and so do GET /openapi.json and GET /docs: the service and what it says of itself cannot drift apart. The schema of
+# an answer is read off its example, and a test sends every example and compares.
 #
-# Knows §1 and §5. Knows no pipeline and no sockets.
+# Knows §1 and §5. Knows no pipeline and no sockets. Pure; the documents are made when first asked for, and kept.
 # ======================================================================================================================
 
+class Answer(NamedTuple):
+    """A success: its status, when it is given, an example (JSON, or text as it is), and the query that asks for it."""
+    status: int
+    meaning: str
+    example: Any
+    content_type: str = "application/json"
+    query: str = ""
+
+
 class Route(NamedTuple):
-    """One row of the table. A path part in braces takes one segment; {topic} takes all that are left over."""
+    """One row of the table. A path part in braces takes one segment; {topic} takes all that are left over. `parameters`, of
+    the query, and `headers` are in TERMS; `problems` come on top of ANYWHERE; `bodies` are schemas by media type."""
     method: str
     path: str
     handler: str
     parameters: Tuple[str, ...]
     summary: str
+    answers: Tuple[Answer, ...]
+    problems: Tuple[str, ...] = ()
+    bodies: Dict[str, Dict[str, Any]] = {}
+    headers: Tuple[str, ...] = ()
 
+
+def _term(meaning: str, example: Any, **schema: Any) -> Dict[str, Any]:
+    return {**schema, "description": meaning, "examples": [example]}
+
+
+def _wire(example: Any) -> str:
+    return example if isinstance(example, str) else json.dumps(example, separators=(",", ":"))
+
+
+_NAME_RULE = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_BYTES, "pattern":
+              r"^[^\u0000-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]*$"}
+_ISO_8601 = (r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9]"
+             r"(?::[0-5][0-9](?:[.,][0-9]{1,30})?)?(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?)?")
+_INSTANT_RULE = {"type": "string", "pattern": f"^{_ISO_8601}$"}
+_SINCE_RULE = {"type": "string", "pattern": f"^(?:{_ISO_8601}|[0-9]{{1,9}}(?:us|ms|s|m|h|d|w))$"}
+_FLAG_RULE = {"type": "string", "enum": ["0", "1", "false", "true"]}
+
+# What a name means: JSON Schemas (2020-12) with words and an example. First parameters; where GET means something else by
+# one, it has a row of its own. Then what else an event or an answer has.
+TERMS: Dict[str, Dict[str, Any]] = {
+    "topic": _term("1 to 255 bytes in UTF-8, not blank, no control characters; `/` makes it hierarchical", "door", **_NAME_RULE),
+    "event_id": _term("the same; its producer never uses it again for another event", "42", **_NAME_RULE),
+    "source": _term("who says so, by the same rules; PUT takes the peer's address without it", "hall", **_NAME_RULE),
+    "timestamp": _term("ISO 8601; no offset is UTC, no time is midnight; PUT takes the present without it",
+                       "2026-01-01T13:00:00+01:00", **_INSTANT_RULE),
+    "wait": _term("0 answers before the commit", "0", default="1", **_FLAG_RULE),
+    "verdicts": _term("1 lists a verdict for each event", "1", default="0", **_FLAG_RULE),
+    "explain": _term("1 also says how each verdict came about", "1", default="0", **_FLAG_RULE),
+    "GET topic": _term("only this topic, or those that begin with what stands before a final `*`", "door*", type="string"),
+    "GET source": _term("only this source", "hall", type="string"),
+    "since": _term("from this instant on, or so long ago: `10m`, `2h`, `7d`", "7d", **_SINCE_RULE),
+    "until": _term("before this instant, or so long ago", "2026-01-02", **_SINCE_RULE),
+    "limit": _term("at most so many", 10, type="integer", minimum=1, maximum=PAGE_MAX, default=PAGE_DEFAULT),
+    "cursor": _term("`next` of an answer in this order", "a17.1", type="string", pattern=r"^[ad]-?[0-9]{1,18}\.[0-9]{1,18}$"),
+    "order": _term("by time, then by seq", "desc", type="string", enum=["asc", "desc"], default="asc"),
+    "follow": _term("1 never ends: what is stored after `after`, in order of seq, then whatever comes", "1", **_FLAG_RULE),
+    "after": _term("with `follow`: the seq to begin behind; without it, now", "0", type="string", pattern="^[0-9]{1,18}$"),
+    "Last-Event-ID": _term("with `follow`: outranks `after`; browsers send it by themselves", "1", pattern="^[0-9]{1,18}$"),
+    "Idempotency-Key": _term("with `text/plain`: names each event, with its line number; without it names are random", "log-1"),
+    "payload": _term("what happened, at most 100 levels deep, with numbers that a double can hold", {"n": 1}, type="object"),
+    "sequence": _term("optional: the producer's own counter", 7, type=["integer", "null"], minimum=0, maximum=MAX_SEQUENCE),
+    "seq": _term("the place in the order of arrival, never given twice", 1, type="integer", minimum=1),
+    "processed_at": _term("when it was stored", "2026-01-01T12:00:00.250000Z", **_INSTANT_RULE),
+    "verdict": _term("a `conflict` has the identity of another event, which stays", "new", enum=["new", "duplicate", "conflict"]),
+    "next": _term("goes into `cursor`; null at the end", None, type=["string", "null"]),
+}
+_EVENT = {name: TERMS[name]["examples"][0] for name in ("topic", "event_id", "timestamp", "source", "payload", "sequence")}
+_STORED = {"seq": 1, **_EVENT, "timestamp": "2026-01-01T12:00:00.000000Z", "processed_at": "2026-01-01T12:00:00.250000Z"}
+_VERDICT = {"topic": "door", "event_id": "42", "verdict": "duplicate", "seq": 1}
+_COUNTS = {"status": "accepted", "accepted": 1, "unique": 0, "duplicates": 1, "conflicts": 0, "stored": True}
+_PROBLEM = {"type": "/docs#invalid-event", "title": "An event is not valid", "status": 422, "detail": "1 fault found in the"
+            " events; nothing was taken", "errors": [{"index": 0, "field": "topic", "message": "is missing"}], "oldest_seq": 1}
+_EVENTS = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/event"}}
+
+# What can be wrong with any request; with one that finds no route; and with one that writes.
+ANYWHERE = ("bad-request", "bad-parameter", "timeout", "too-large", "target-too-long", "unsupported-encoding",
+            "expectation-failed", "misdirected", "headers-too-large", "internal-error", "not-implemented",
+            "too-many-connections", "version-not-supported")
+NOWHERE = ("not-found", "method-not-allowed")
+_READING = ("unauthorized", "store-unavailable")
+_WRITING = ("not-json", "forbidden", "invalid-event", "queue-full", "stopping", *_READING)
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ROUTES = (
-    Route("GET", "/", "index", (), "What this is and where to go"),
-    Route("POST", "/publish", "publish", ("wait", "verdicts", "explain", "topic", "source"),
-          "Publish one event or many"),
-    Route("PUT", "/events/{topic}/{event_id}", "put_event", ("timestamp", "source"), "Publish one event under its identity"),
-    Route("GET", "/events", "list_events", ("topic", "source", "since", "until", "limit", "cursor", "order",
-           "follow", "after"), "List events by time, or follow them as they come"),
-    Route("GET", "/events/{topic}/{event_id}", "get_event", (), "Read one event"),
-    Route("GET", "/duplicates", "list_duplicates", ("limit",), "The last duplicates, the latest first"),
-    Route("GET", "/gaps", "gaps", ("source", "limit"), "Sequence numbers that sources have left out"),
-    Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like"),
-    Route("GET", "/health", "health", (), "Whether events can be stored right now"),
+    Route("GET", "/", "index", (), "What this is and where to go", (Answer(200, "the routes", {
+        "service": "aggregator", "version": __version__, "routes": [{"method": "GET", "path": "/", "summary": "This"}]}),)),
+    Route("POST", "/publish", "publish", ("wait", "verdicts", "explain", "topic", "source"), "Publish one event or many", (
+        Answer(202, "on disk", {**_COUNTS, "unique": 1, "duplicates": 0}),
+        Answer(202, "queued", {"status": "accepted", "accepted": 1, "stored": False}, query="?wait=0"),
+        Answer(202, "on disk, and why", {**_COUNTS, "events": [{**_VERDICT, "explanation": {
+            "key": "6b5f0a3c", "found": "recent", "first_seen": "2026-01-01T12:00:00.250000Z", "seconds_since_first_seen": 1.5,
+            "why": "the key was among the recent ones"}}], "group": {"events": 1, "milliseconds": 0.8}}, query="?explain=1")),
+        ("batch-too-large", *_WRITING), {
+            "application/json": _term("an event, a list, or `{\"events\": []}`, or several of them; so is any other type read",
+                                      _EVENT, anyOf=[{"$ref": "#/components/schemas/event"}, _EVENTS, {
+                                          "type": "object", "required": ["events"], "properties": {"events": _EVENTS}}]),
+            "application/x-ndjson": _term("an event a line", _wire(_EVENT), type="string"),
+            "text/plain": _term("each line is the `message` of an event of `?topic=` and `?source=`, which go with it only",
+                                "first line\nsecond line\n", type="string")}, ("Idempotency-Key",)),
+    Route("PUT", "/events/{topic}/{event_id}", "put_event", ("timestamp", "source"), "Publish one event under its identity", (
+        Answer(201, "new", {**_VERDICT, "verdict": "new"}), Answer(200, "a duplicate", _VERDICT)), ("conflict", *_WRITING), {
+            "text/plain": _term("a text, for the payload `{\"message\": text}`", "finished in 312 s", type="string"),
+            "application/json": _term("an object is the payload, and anything else a text", {"n": 1})}),
+    Route("GET", "/events", "list_events", ("topic", "source", "since", "until", "limit", "cursor", "order", "follow", "after"),
+          "List events by time, or follow them as they come", (
+              Answer(200, "a page", {"count": 1, "events": [_STORED], "next": None}, query="?topic=door*&limit=10"),
+              Answer(200, "all pages, an event a line", _wire(_STORED) + "\n", "application/x-ndjson"),
+              Answer(200, "a live tail", _wire(_STORED) + "\n", "application/x-ndjson", "?follow=1&after=0"),
+              Answer(200, "a live tail for browsers", "retry: 2000\n\nid: 1\ndata: " + _wire(_STORED) + "\n\n",
+                     "text/event-stream", "?follow=1&after=0")), ("gone", *_READING), {}, ("Last-Event-ID",)),
+    Route("GET", "/events/{topic}/{event_id}", "get_event", (), "Read one event", (
+        Answer(200, "the event", _STORED),), ("no-such-event", "gone", *_READING)),
+    Route("GET", "/duplicates", "list_duplicates", ("limit",), "The last duplicates, the latest first", (
+        Answer(200, "500 at most", {"count": 1, "duplicates": [{
+            **_VERDICT, "source": "hall", "first_seen": "2026-01-01T12:00:00.250000Z", "repeated": "2026-01-01T12:00:01.750000Z",
+            "delay_seconds": 1.5}]}, query="?limit=1"),), ("unauthorized",)),
+    Route("GET", "/gaps", "gaps", ("source", "limit"), "Sequence numbers that sources have left out", (
+        Answer(200, "first and last of each gap", {"count": 1, "sources": [{
+            "source": "hall", "newest": 9, "missing_count": 1, "given_up": 0, "missing": [[8, 8]]}]}, query="?source=hall"),),
+          _READING),
+    Route("GET", "/stats", "stats", (), "The books, the topics, and what the duplicates look like", (Answer(200, "all of it", {
+        "received": 2, "unique_processed": 1, "duplicate_dropped": 1, "conflicts": 0, "stored": 1, "removed_by_retention": 0,
+        "topics": {"door/front": {"unique": 1, "duplicates": 1, "stored": 1}}, "topics_total": 1,
+        "sources": {"192.0.2.7": {"unique": 1, "duplicates": 1}}, "sources_total": 1, "gaps": 0,
+        "duplicate_delay_seconds": {"1": 0, "10": 1}, "windows": [
+            {"window_seconds": 120, "like": "NATS JetStream, default", "would_have_stored_twice": 0}],
+        "store_bytes": 86016, "current_queue_size": 0, "subscribers": 0, "last_commit": {"events": 1, "milliseconds": 0.8},
+        "uptime_seconds": 12.5, "version": __version__, "limits": {"queue_max_size": QUEUE_MAX_EVENTS, "max_events_per_topic": 0,
+            "retention_seconds": 0.0, "max_body": MAX_BODY_BYTES, "dedup_retention_seconds": 0.0}}),), _READING),
+    Route("GET", "/metrics", "metrics", (), "The same for Prometheus", (Answer(
+        200, "text format 0.0.4", "# HELP aggregator_events_unique_total Events stored.\n# TYPE aggregator_events_unique_total"
+        " counter\naggregator_events_unique_total 1\n", METRICS_TYPE),), _READING),
+    Route("GET", "/health", "health", (), "Whether events can be stored right now", (
+        Answer(200, "they can", {"status": "ok"}),), ("store-unavailable",)),
+    Route("GET", "/docs", "docs", (), "This reference, to read", (Answer(200, "a page", "…", "text/html; charset=utf-8"),)),
+    Route("GET", "/openapi.json", "openapi", (), "This reference, for tools", (Answer(200, "OpenAPI", {"openapi": "3.1.0"}),)),
 )
+
+
+def _schema(example: Any, name: str = "") -> Dict[str, Any]:
+    """The JSON Schema of an answer, read off an example: a name of TERMS means here what it means there; the keys of an
+    object are its fields, unless they are no identifiers: then they are data.
+
+    >>> _schema({"a/b": [1]})
+    {'type': 'object', 'additionalProperties': {'type': 'array', 'items': {'type': 'integer'}}}
+    """
+    if name in TERMS:
+        return {"$ref": "#/components/schemas/" + name}
+    if isinstance(example, list):
+        return {"type": "array", "items": _schema(example[0])}
+    if not isinstance(example, dict):
+        return {"type": {bool: "boolean", int: "integer", float: "number", str: "string"}[type(example)]}
+    if not all(map(str.isidentifier, example)):
+        return {"type": "object", "additionalProperties": _schema(next(iter(example.values())))}
+    return {"type": "object", "required": [key for key in example if key not in ("sequence", "errors", "oldest_seq")],
+            "properties": {key: _schema(value, key) for key, value in example.items()}}
+
+
+def _meanings(route: Route) -> List[Tuple[str, str, Dict[str, Any]]]:
+    """The parameters of a route: name, place, and what it means there."""
+    return [(name, place, TERMS.get(f"{route.method} {name}", TERMS[name])) for place, names in (
+        ("path", re.findall(r"{(\w+)}", route.path)), ("query", route.parameters), ("header", route.headers)) for name in names]
+
+
+def sample_request(route: Route, answer: Answer) -> Tuple[str, Dict[str, str], str]:
+    """The target, header fields and body that ask for this answer, made of the examples."""
+    target = re.sub(r"{(\w+)}", lambda match: str(TERMS[match[1]]["examples"][0]), route.path) + answer.query
+    fields = {"Accept": answer.content_type} if answer.content_type != route.answers[0].content_type else {}
+    return target, fields, _wire(next(iter(route.bodies.values()))["examples"][0]) if route.bodies else ""
+
+
+@functools.lru_cache(1)
+def openapi_json() -> bytes:
+    """The table as OpenAPI 3.1. A path parameter of OpenAPI has no slashes: a topic's are sent as %2F then, which is the same."""
+    paths: Dict[str, Dict[str, Any]] = {}
+    for route in ROUTES:
+        responses: Dict[str, Any] = {}
+        for answer in route.answers:
+            content = responses.setdefault(str(answer.status), {"description": answer.meaning, "content": {}})["content"]
+            media = content.setdefault(answer.content_type.partition(";")[0], {"schema": {"anyOf": []}, "examples": {}})
+            media["schema"]["anyOf"].append(_schema(answer.example))
+            media["examples"][answer.meaning] = {"value": answer.example}
+        for name in ANYWHERE + route.problems:
+            status, title, advice = PROBLEMS[name]
+            responses.setdefault(str(status), {"description": "", "content": {"application/problem+json": {
+                "schema": {"$ref": "#/components/schemas/problem"}}}})["description"] += f"`{name}`: {title}: {advice}.\n"
+        operation = paths.setdefault(route.path, {})[route.method.lower()] = {
+            "operationId": route.handler, "summary": route.summary, "responses": responses, "parameters": [
+                {"name": name, "in": place, "required": place == "path", "description": term["description"], "schema": term}
+                for name, place, term in _meanings(route)]}
+        if route.bodies:
+            operation["requestBody"] = {"required": route.method == "POST", "content": {
+                media_type: {"schema": schema} for media_type, schema in route.bodies.items()}}
+        if "unauthorized" not in route.problems:
+            operation["security"] = []
+    schemas = {name: term for name, term in TERMS.items() if " " not in name}
+    return _wire({
+        "openapi": "3.1.0", "info": {"title": "aggregator", "version": __version__}, "servers": [{"url": "/"}], "paths": paths,
+        "security": [{"bearer": []}, {}], "components": {
+            "schemas": {**schemas, "event": _schema(_EVENT), "problem": _schema(_PROBLEM)}, "securitySchemes": {"bearer": {
+                "type": "http", "scheme": "bearer", "description": "needed if the service has a --token"}}}}).encode()
+
+
+def _marked(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _table(*rows: Sequence[str]) -> str:
+    return "<table>" + "\n".join(["<tr><td>" + "<td>".join(map(_marked, row)) for row in rows]) + "</table>\n"
+
+
+def _links(names: Sequence[str]) -> str:
+    return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
+
+
+@functools.lru_cache(1)
+def docs_html() -> str:
+    """The table as the body of an HTML page. The `type` of a problem is a link into it."""
+    parts = [f"<h1>aggregator {__version__}</h1>\n<p>{_links([route.handler for route in ROUTES])}"]
+    for route in ROUTES:
+        parts.append(f'<h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n' + _table(
+            *[(f"`{name}`", place, term["description"], f"`{term['examples'][0]}`") for name, place, term in _meanings(route)],
+            *[(f"`{media_type}`", "body", schema["description"]) for media_type, schema in route.bodies.items()]))
+        for answer in route.answers:
+            target, fields, body = sample_request(route, answer)
+            words = ["curl -sN" if "follow" in answer.query else "curl -s", f"'localhost:8000{target}'"]
+            words += ["-X PUT"] * (route.method == "PUT") + [f"-d '{body}'"] * bool(body)
+            curl = " ".join(words + [f"-H '{name}: {value}'" for name, value in fields.items()])
+            parts.append(f"<p>{answer.status}, {answer.meaning}:<pre>{_marked(curl)}\n{_marked(_wire(answer.example))}</pre>\n")
+        if route.bodies:
+            raw = encode_response(Response(answer.status, _wire(answer.example).encode()), http_date(0), True).decode()
+            parts.append(f"<p>This one on the wire:<pre>{route.method} {target} HTTP/1.1\nHost: localhost:8000\n"
+                         f"Content-Length: {len(body)}\n\n{_marked(body)}\n\n{_marked(raw)}</pre>\n")
+        parts.append("<p>Problems: " + _links(route.problems) if route.problems else "")
+    parts.append("<p>Any request may also meet: " + _links(ANYWHERE + NOWHERE))
+    parts.append("\n<h2>An event</h2>\n" + _table(*[(f"`{name}`", TERMS[name]["description"]) for name in _EVENT]))
+    parts.append("<h2>Problems</h2>\n<dl>\n" + "".join([
+        f'<dt id="{name}"><code>{name}</code> {status}: {title}<dd>{_marked(advice)}\n'
+        for name, (status, title, advice) in PROBLEMS.items()]) + "</dl>\n")
+    return "".join(parts)
+
+
+_LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
+
+
+def metrics_text(rows: Sequence[Tuple[str, str, str, Any]]) -> str:
+    """Prometheus text format 0.0.4 of (name, type, help, value). A value is a number; or a label with numbers by its value;
+    or a histogram's bounds, counts (one more than bounds) and sum, None if that is not known.
+
+    >>> metrics_text([("topics", "gauge", "Topics.", ("name", {'a"b': 1}))]).splitlines()[2]
+    'aggregator_topics{name="a\\\\"b"} 1'
+    """
+    lines = []
+    for name, kind, meaning, value in rows:
+        lines += [f"# HELP aggregator_{name} {meaning}", f"# TYPE aggregator_{name} {kind}"]
+        samples = {"": value}
+        if kind == "histogram":
+            so_far = list(itertools.accumulate(value[1]))
+            samples = {f'_bucket{{le="{bound}"}}': count for bound, count in zip([*value[0], "+Inf"], so_far)}
+            samples.update({"_count": so_far[-1], **({} if value[2] is None else {"_sum": value[2]})})
+        elif isinstance(value, tuple):
+            samples = {f'{{{value[0]}="{text.translate(_LABEL_ESCAPES)}"}}': number for text, number in value[1].items()}
+        lines += [f"aggregator_{name}{suffix} {number}" for suffix, number in samples.items()]
+    return "\n".join(lines) + "\n"
 
 
 # ======================================================================================================================
@@ -1940,26 +2211,26 @@ def _json(value: Any) -> bytes:
 
 def problem_details(error: HTTPError) -> Response:
     """Problem details (RFC 9457) for a refusal. `type` is where the reference explains it."""
-    status, title = PROBLEMS[error.problem]
+    status, title, _ = PROBLEMS[error.problem]
     headers = error.headers + ((("Retry-After", str(RETRY_AFTER_S)),) if status == 503 else ())
     return Response(status, _json({"type": "/docs#" + error.problem, "title": title, "status": status,
                                    "detail": error.detail, **error.members}), "application/problem+json", headers)
 
 
-def _refusal(error: Exception) -> Response:
-    """Any exception of a handler to its answer: the one table from errors to statuses."""
+def _refusal(error: Exception) -> HTTPError:
+    """Any exception of a handler to what it is called: the one table from errors to problems."""
     if isinstance(error, HTTPError):
-        return problem_details(error)
+        return error
     for kind, name in _ERROR_PROBLEMS:
         if isinstance(error, kind):
             if isinstance(error, InvalidEvents):
-                return problem_details(HTTPError(name, f"{error} found in the events; nothing was taken",
-                                         errors=[fault._asdict() for fault in error.faults]))
-            return problem_details(HTTPError(name, str(error)))
+                return HTTPError(name, f"{error} found in the events; nothing was taken",
+                                 errors=[fault._asdict() for fault in error.faults])
+            return HTTPError(name, str(error))
     if isinstance(error, CursorExpired):
-        return problem_details(HTTPError("gone", str(error), oldest_seq=error.oldest_seq))
+        return HTTPError("gone", str(error), oldest_seq=error.oldest_seq)
     log.error("a bug while answering a request", exc_info=error)
-    return problem_details(HTTPError("internal-error", "this is our fault; the log says more"))
+    return HTTPError("internal-error", "this is our fault; the log says more")
 
 
 class Access(NamedTuple):
@@ -2017,6 +2288,8 @@ class API:
         self._clock = clock
         self._random_id = random_id
         self._started = clock()
+        self._refused = dict.fromkeys(PROBLEMS, 0)
+        self.connections: Callable[[], int] = lambda: 0  # how many are open, if the server says so
         self._handlers: Dict[str, Callable[[Request, str], Awaitable[Response]]] = {
             route.handler: getattr(self, "_" + route.handler) for route in ROUTES}
         self._exact: Dict[Tuple[str, ...], Dict[str, Route]] = {}
@@ -2054,7 +2327,12 @@ class API:
                         route.path, _shown(name), ", ".join(route.parameters) or "none"))
             return await self._handlers[route.handler](request, peer)
         except Exception as error:
-            return _refusal(error)
+            return self.refuse(_refusal(error))
+
+    def refuse(self, error: HTTPError) -> Response:
+        """The answer to a request that is refused, counted."""
+        self._refused[error.problem] += 1
+        return problem_details(error)
 
     def _options(self, request: Request, routes: Optional[Dict[str, Route]]) -> Response:
         if request.head.path == ("*",):
@@ -2217,6 +2495,37 @@ class API:
         return Response(200, _json({**found, "uptime_seconds": round((self._clock() - self._started) / 1e6, 3),
                                     "version": __version__, "limits": self._limits}))
 
+    async def _metrics(self, request: Request, peer: str) -> Response:
+        found, sizes, times = await self._pipeline.stats(), self._pipeline.commit_events, self._pipeline.commit_seconds
+        topics = list(found["topics"].items())[:METRICS_MAX_TOPICS]  # those with most events come first
+        return Response(200, metrics_text((
+            # What waits is not received yet: it may be lost, and a counter must never fall.
+            ("events_received_total", "counter", "Events decided.", found["unique_processed"] + found["duplicate_dropped"]),
+            ("events_unique_total", "counter", "Events stored.", found["unique_processed"]),
+            ("events_duplicates_total", "counter", "Events known before, conflicts among them.", found["duplicate_dropped"]),
+            ("events_conflicts_total", "counter", "Events whose identity another one has.", found["conflicts"]),
+            ("topic_unique_total", "counter", "Events stored.", ("topic", {name: each["unique"] for name, each in topics})),
+            ("topic_duplicates_total", "counter", "Repeats.", ("topic", {name: each["duplicates"] for name, each in topics})),
+            ("rejected_total", "counter", "Requests refused, by problem.", ("reason", self._refused)),
+            ("queue_events", "gauge", "Events taken and not yet committed.", found["current_queue_size"]),
+            ("queue_limit_events", "gauge", "Events that may wait.", self._pipeline.max_events),
+            ("commit_events", "histogram", "Events of a commit.", (sizes.bounds, sizes.counts, sizes.sum)),
+            ("commit_duration_seconds", "histogram", "Time of a commit.", (times.bounds, times.counts, times.sum)),
+            ("duplicate_delay_seconds", "histogram", "Age of an event at its repeat; the ages are not added up.",
+             (DELAY_BOUNDS_S, found["duplicate_delay_seconds"].values(), None)),
+            ("subscribers", "gauge", "Live tails.", found["subscribers"]),
+            ("connections", "gauge", "Open connections.", self.connections()),
+            ("store_bytes", "gauge", "Size of the store with its write-ahead log.", found["store_bytes"]),
+            ("start_time_seconds", "gauge", "When the service started, since 1970.", self._started / 1e6),
+            ("build_info", "gauge", "What is running.", ("version", {__version__: 1})))).encode("utf-8"), METRICS_TYPE)
+
+    async def _docs(self, request: Request, peer: str) -> Response:
+        return Response(200, ('<!doctype html><html lang="en"><meta charset="utf-8"><title>aggregator: reference</title>'
+                              + docs_html() + "</html>").encode("utf-8"), "text/html; charset=utf-8")
+
+    async def _openapi(self, request: Request, peer: str) -> Response:
+        return Response(200, openapi_json())
+
     async def _health(self, request: Request, peer: str) -> Response:
         reason = await self._pipeline.health()
         if reason:
@@ -2353,6 +2662,7 @@ class Server:
         self._max_body = max_body_bytes
         self._max_connections = max_connections
         self._connections: Set[_Connection] = set()
+        api.connections = self._connections.__len__
         self._stopping = False
         self._date = (0, "")
 
@@ -2487,7 +2797,7 @@ class Server:
 
     async def _farewell(self, connection: _Connection, reader: asyncio.StreamReader, error: HTTPError) -> None:
         """Answer once and close."""
-        connection.writer.write(encode_response(problem_details(error), self._now(), False))
+        connection.writer.write(encode_response(self._api.refuse(error), self._now(), False))
         await self._linger(connection, reader)
 
     async def _linger(self, connection: _Connection, reader: asyncio.StreamReader) -> None:

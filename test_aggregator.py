@@ -12,6 +12,8 @@ import doctest
 import email.utils
 import glob
 import gzip
+import html
+import html.parser
 import http.client
 import itertools
 import json
@@ -56,9 +58,11 @@ MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5}, "argparse": {11},
            "blake2b": {3}, "sys": {10, 11}}
 
 
+SECTION_LINES = [SOURCE.count("\n", 0, match.start()) + 1 for match in re.finditer(r"^# §[0-9]+  ", SOURCE, re.M)]
+
+
 def section_of(line):
-    starts = [match.start() for match in re.finditer(r"^# §[0-9]+  ", SOURCE, re.M)]
-    return sum(SOURCE.count("\n", 0, start) + 1 <= line for start in starts)
+    return sum(start <= line for start in SECTION_LINES)
 
 
 def defined_names():
@@ -149,8 +153,8 @@ def test_the_readme_has_every_route_parameter_option_and_problem():
         assert re.findall(r"`([a-z]+)`", row.split("|")[2]) == list(route.parameters)
     for setting in aggregator.SETTINGS:
         assert "| `{}` | `{}` | `{}` |".format(setting.flag, setting.variable, setting.default) in README
-    for name, (status, _) in aggregator.PROBLEMS.items():
-        assert "| `{}` | {} |".format(name, status) in README
+    for name, (status, _, advice) in aggregator.PROBLEMS.items():
+        assert f"| `{name}` | {status} | {advice} |" in README
     for command in aggregator.COMMANDS:
         assert command == "serve" or "aggregator.py {}".format(command) in README
 
@@ -1462,13 +1466,297 @@ def test_a_response_has_exactly_these_bytes(response, options, expected):
 
 
 def test_every_problem_has_a_reason_phrase():
-    assert {status for status, _ in aggregator.PROBLEMS.values()} <= set(aggregator.REASONS)
+    assert {status for status, _, _ in aggregator.PROBLEMS.values()} <= set(aggregator.REASONS)
 
 
 def test_the_date_is_the_one_format_of_http_for_any_instant():
     rng = random.Random(4)
     for instant in [0, 0.999, 951_782_400, 2 ** 31] + [rng.uniform(0, 4e9) for _ in range(500)]:
         assert aggregator.http_date(instant) == email.utils.formatdate(int(instant), usegmt=True)
+
+
+# ======================================================================================================================
+# §6 Reference: the table against the documents made of it, and both against the service
+# ======================================================================================================================
+
+DOCUMENT = json.loads(aggregator.openapi_json().decode())
+DOCS = aggregator.docs_html()
+
+
+def violations(value, schema, at="$"):
+    """What in `value` contradicts a schema of the document: the part of JSON Schema that is used there, and no more."""
+    if schema is False or schema is True:
+        return [] if schema else [at]
+    if "$ref" in schema:
+        place, found = schema["$ref"].split("/"), DOCUMENT
+        assert place[0] == "#"
+        for name in place[1:]:
+            found = found[name]
+        return violations(value, found, at)
+    assert set(schema) <= {"type", "enum", "anyOf", "required", "properties", "additionalProperties", "items", "minItems",
+                           "minimum", "maximum", "minLength", "maxLength", "pattern", "description", "examples", "default"}
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+             "null": type(None)}
+    wanted = schema.get("type", [])
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    if wanted and not any(isinstance(value, kinds[kind]) and (kind == "boolean") == isinstance(value, bool) for kind in wanted):
+        return [f"{at}: {value!r} is not of type {wanted}"]
+    wrong = []
+    if "anyOf" in schema and all(violations(value, each, at) for each in schema["anyOf"]):
+        wrong.append(f"{at}: none of anyOf")
+    if isinstance(value, dict):
+        wrong += [f"{at}.{name} is missing" for name in schema.get("required", []) if name not in value]
+        for name, inner in value.items():
+            rule = schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
+            wrong += violations(inner, rule, f"{at}.{name}")
+    elif isinstance(value, list):
+        wrong += [f"{at}: too few"] if len(value) < schema.get("minItems", 0) else []
+        for index, inner in enumerate(value):
+            wrong += violations(inner, schema.get("items", True), f"{at}[{index}]")
+    elif isinstance(value, str):
+        if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 10 ** 9):
+            wrong.append(f"{at}: length")
+        if "pattern" in schema and re.search(re.sub(r"\$\Z", r"\\Z", schema["pattern"]), value) is None:  # ECMAScript's $
+            wrong.append(f"{at}: {value!r} does not match {schema['pattern']}")
+    elif isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        wrong.append(f"{at}: {value} is out of range")
+    return wrong + ([f"{at}: not one of enum"] if value not in schema.get("enum", [value]) else [])
+
+
+def operation_of(route):
+    return DOCUMENT["paths"][route.path][route.method.lower()]
+
+
+def test_the_document_has_every_route_with_all_it_takes_and_answers_and_nothing_else():
+    assert DOCUMENT["openapi"].startswith("3.1.")
+    assert [(method.upper(), path) for path, methods in DOCUMENT["paths"].items() for method in methods] == sorted(
+        [(route.method, route.path) for route in aggregator.ROUTES], key=lambda row: list(DOCUMENT["paths"]).index(row[1]))
+    for route in aggregator.ROUTES:
+        operation = operation_of(route)
+        places = {place: tuple(each["name"] for each in operation["parameters"] if each["in"] == place)
+                  for place in ("path", "query", "header")}
+        assert places == {"path": tuple(re.findall(r"{(\w+)}", route.path)), "query": route.parameters, "header": route.headers}
+        problems = aggregator.ANYWHERE + route.problems
+        assert sorted(operation["responses"]) == sorted(
+            {str(answer.status) for answer in route.answers} | {str(aggregator.PROBLEMS[name][0]) for name in problems})
+        for name in problems:
+            assert f"`{name}`" in operation["responses"][str(aggregator.PROBLEMS[name][0])]["description"]
+        for media_type, body in operation.get("requestBody", {"content": {}})["content"].items():
+            assert not violations(body["schema"]["examples"][0], body["schema"]), media_type
+        for each in operation["parameters"]:
+            example = each["schema"]["examples"][0]
+            assert not violations(example, each["schema"])
+            assert each["schema"].get("default", example) in each["schema"].get("enum", [each["schema"].get("default", example)])
+    assert len({operation_of(route)["operationId"] for route in aggregator.ROUTES}) == len(aggregator.ROUTES)
+
+
+def test_every_problem_is_said_somewhere_and_has_an_anchor_that_says_what_to_do():
+    said = set(aggregator.ANYWHERE) | set(aggregator.NOWHERE) | {name for route in aggregator.ROUTES for name in route.problems}
+    assert said == set(aggregator.PROBLEMS)
+    parser = html.parser.HTMLParser()
+    tags = []
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(DOCS)
+    anchors = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    links = {attributes["href"] for _, attributes in tags if "href" in attributes}
+    assert len(set(anchors)) == len(anchors) and set(aggregator.PROBLEMS) <= set(anchors)
+    assert {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object"} == set()
+    assert links <= {"#" + anchor for anchor in anchors}  # all of it is here: it works offline
+    for name, (status, title, advice) in aggregator.PROBLEMS.items():
+        described = html.unescape(re.sub("<[^>]+>", "", DOCS.partition(f'id="{name}"')[2].partition("<dt")[0]))
+        assert str(status) in described and title in described and advice.replace("`", "") in described
+
+
+def same_fields(example, answer):
+    """Whether an answer has the fields of its example; keys that are data may differ."""
+    if isinstance(example, dict) and all(map(str.isidentifier, example)):
+        return isinstance(answer, dict) and set(example) == set(answer) and all(
+            same_fields(example[name], answer[name]) for name in example)
+    if isinstance(example, list):
+        return isinstance(answer, list) and all(same_fields(example[0], each) for each in answer) and answer != []
+    return True
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """Each answer of the table with what the program answers to its sample request, in the order of the table."""
+    found = []
+    for name, routes in (("put", [route for route in aggregator.ROUTES if route.method == "PUT"]),
+                         ("others", [route for route in aggregator.ROUTES if route.method != "PUT"])):
+        with Program(tmp_path_factory.mktemp(name) / "sampled.db") as program:
+            for route in routes:
+                if route.handler == "gaps":  # 7 is there, so 8 is missing
+                    fetch(program.port, "POST", "/publish", sample("43", source="hall", sequence=9))
+                for answer in route.answers:
+                    found.append((route, answer, fetch_sample(program.port, route, answer)))
+    return found
+
+
+def fetch_sample(port, route, answer):
+    """What comes to a sample request; of a stream without end, what comes up to its first event."""
+    target, fields, body = aggregator.sample_request(route, answer)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request(route.method, target, body or None, fields)
+        response, received = connection.getresponse(), b""
+        for line in response:
+            received += line
+            if "follow" in answer.query and b"processed_at" in line:
+                break
+        return Answer(response.status, dict(response.getheaders()), received)
+
+
+def test_the_examples_are_what_the_service_answers(sampled):
+    for route, example, answer in sampled:
+        where = (route.method, route.path, example.meaning, answer.body)
+        assert (answer.status, answer.headers["Content-Type"]) == (example.status, example.content_type), where
+        content = operation_of(route)["responses"][str(answer.status)]["content"][example.content_type.partition(";")[0]]
+        assert content["examples"][example.meaning]["value"] == example.example
+        if example.content_type == "application/json":
+            assert not violations(answer.json, aggregator._schema(example.example)), where
+            assert not violations(answer.json, content["schema"]) and not violations(example.example, content["schema"])
+            assert route.path == "/openapi.json" or same_fields(example.example, answer.json), where
+        elif example.content_type in ("application/x-ndjson", "text/event-stream"):
+            shown, received = [re.findall(r"\{.*\}", text) for text in (example.example, answer.body.decode())]
+            assert same_fields(json.loads(shown[0]), json.loads(received[0])), where
+            assert answer.body.decode().partition("{")[0] == example.example.partition("{")[0]
+    publish = [(example.example, answer.json) for route, example, answer in sampled if route.handler == "publish"]
+    assert publish[0][0] == publish[0][1] and publish[1][0] == publish[1][1]
+    assert unchanging(json.dumps(publish[2][0]["events"][0]["verdict"])) == '"duplicate"'
+    assert {**publish[2][1], "events": 0, "group": 0} == {**publish[2][0], "events": 0, "group": 0}
+
+
+@pytest.mark.skipif(not shutil.which("curl") or not shutil.which("bash"), reason="no curl or bash here")
+def test_every_curl_line_of_the_docs_succeeds(tmp_path):
+    commands = re.findall("<pre>(curl [^\n]+)\n", DOCS)
+    assert len(commands) == sum(len(route.answers) for route in aggregator.ROUTES)
+    with Program(tmp_path / "docs.db") as program:
+        for command in map(html.unescape, commands):
+            command = command.replace("localhost:8000", "127.0.0.1:%d" % program.port) + " -o /dev/null -w '%{http_code}'"
+            if "PUT" in command:  # the identity of the examples belongs to the POST
+                command = command.replace("door/42", "door/43")
+            if "follow" in command:
+                command += " -m 0.3"
+            child = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, timeout=30)
+            assert child.stdout.decode() in ("200", "201", "202"), command
+
+
+def test_a_refusal_is_a_problem_of_its_operation(desk):
+    for method, target, body, name in (
+            ("POST", "/publish", b"[]", "invalid-event"), ("POST", "/publish", b"{", "not-json"),
+            ("GET", "/events?limit=0", b"", "bad-parameter"), ("GET", "/events/t/1", b"", "no-such-event"),
+            ("PUT", "/events/t/%01", b"", "invalid-event")):
+        answer = desk.ask(method, target, body)
+        route = next(route for route in aggregator.ROUTES if route.method == method and (
+            route.path == target.partition("?")[0] or ("{" in route.path and target.count("/") == 3)))
+        assert answer.json["type"] == "/docs#" + name and name in aggregator.ANYWHERE + route.problems
+        content = operation_of(route)["responses"][str(answer.status)]["content"]["application/problem+json"]
+        assert not violations(answer.json, content["schema"])
+
+
+TAKEN = ("1970-01-01", "1970-01-01 00:00", "1969-12-31T23:59:59,5Z", "2024-02-29", "2026-01-31T12:00:00." + "9" * 30,
+         "2026-01-31 14:00+02:00", "2026-01-31T14:00:00+0200", "2026-01-31T14:00:00+02", "0001-01-01T00:00:00Z")
+
+
+def test_the_schema_of_a_field_says_what_the_service_takes():
+    rule = aggregator.TERMS["timestamp"]
+    for text in TAKEN:
+        assert aggregator.parse_timestamp(text) is not None and not violations(text, rule)
+    calendar = {"0000-01-01T00:00:00Z", "2026-04-31", "2026-02-29", "1900-02-29", "0001-01-01T00:00:00+00:01",
+                "9999-12-31T23:59:59-00:01", "0001-01-01T23:58:59.999999+23:59"}  # what no pattern knows
+    for text in set(NO_TIMESTAMPS.split("|")) - calendar:
+        assert violations(text, rule), text
+    for field, value in WRONG:
+        bytes_long = isinstance(value, str) and len(value) <= 255 < len(value.encode("utf-8", "surrogatepass"))
+        surrogate = isinstance(value, str) and re.search("[\ud800-\udfff]", value)
+        if field != "timestamp" and not bytes_long and not surrogate and value is not None and value == value:
+            assert violations({**GOOD_EVENT, field: value}, DOCUMENT["components"]["schemas"]["event"]) or value in (1.0, 1e3), (
+                field, value)
+    for query, taken in (("10m", True), ("7d", True), ("2026-01-01", True), ("10", False), ("m", False), ("1 d", False)):
+        assert bool(violations(query, aggregator.TERMS["since"])) != taken
+
+
+SAMPLE_LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"\})?'
+                         r" (-?[0-9.]+(?:e[+-]?[0-9]+)?)")
+
+
+def parsed_metrics(text):
+    """Text format 0.0.4, strictly: metric names with {label value or None: number}; histograms are checked and kept flat."""
+    found, kinds, current = {}, {}, None
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    for line in text[:-1].split("\n"):
+        if line.startswith("# HELP "):
+            current, meaning = line[7:].split(" ", 1)
+            assert current.startswith("aggregator_") and current not in kinds and meaning and "\\" not in meaning
+        elif line.startswith("# TYPE "):
+            name, kind = line[7:].split(" ")
+            assert name == current and kind in ("counter", "gauge", "histogram")
+            assert (kind == "counter") == name.endswith("_total")
+            kinds[name] = kind
+        else:
+            name, label, value, number = SAMPLE_LINE.fullmatch(line).groups()
+            plain_name = re.sub("_(bucket|sum|count)$", "", name) if kinds[current] == "histogram" else name
+            assert plain_name == current and (label == "le") == name.endswith("_bucket")
+            value = value if value is None else re.sub(r'\\(["\\n])', lambda match: {"n": "\n"}.get(match[1], match[1]), value)
+            assert value not in found.setdefault(name, {})
+            found[name][value] = float(number)
+    for name in [name for name, kind in kinds.items() if kind == "histogram"]:
+        bounds, counts = list(found[name + "_bucket"]), list(found[name + "_bucket"].values())
+        assert bounds[-1] == "+Inf" and [float(each) for each in bounds] == sorted(float(each) for each in bounds)
+        assert counts == sorted(counts) and counts[-1] == found[name + "_count"][None]
+    return {name.partition("_")[2]: values for name, values in found.items()}
+
+
+def test_the_metrics_are_the_numbers_of_stats(desk):
+    hostile = ['a"b', "back\\slash", "\\", '\\n"', "é😀", "brace}{", "a b", "t=\"1\",x"]
+    for topic in hostile:
+        desk.publish(sample("1", topic=topic), sample("2", topic=topic))
+    desk.now += 30_000_000
+    desk.publish(sample("1", topic=hostile[0]), sample("2", topic=hostile[0], payload={}), sample("1", topic=hostile[1]))
+    for target in ("/nowhere", "/events?limit=0", "/events?limit=x"):
+        desk.ask("GET", target)
+    answer, stats = desk.ask("GET", "/metrics"), desk.ask("GET", "/stats").json
+    metrics = parsed_metrics(answer.body.decode())
+    single = {name: values[None] for name, values in metrics.items() if list(values) == [None]}
+    assert single["events_received_total"] == stats["received"] == 19 and single["events_unique_total"] == 16
+    assert (single["events_duplicates_total"], single["events_conflicts_total"]) == (stats["duplicate_dropped"], 1) == (3, 1)
+    assert single["queue_events"] == stats["current_queue_size"] == 0 and single["queue_limit_events"] == 1000
+    assert metrics["topic_unique_total"] == dict.fromkeys(hostile, 2.0)
+    assert {topic: n for topic, n in metrics["topic_duplicates_total"].items() if n} == {hostile[0]: 2, hostile[1]: 1}
+    assert {name: n for name, n in metrics["rejected_total"].items() if n} == {"not-found": 1, "bad-parameter": 2}
+    assert set(metrics["rejected_total"]) == set(aggregator.PROBLEMS)
+    assert metrics["duplicate_delay_seconds_bucket"] == {
+        bound: 3.0 if float(bound) >= 60 else 0.0 for bound in list(map(str, aggregator.DELAY_BOUNDS_S)) + ["+Inf"]}
+    assert metrics["commit_events_bucket"]["1"] == 0 and metrics["commit_events_bucket"]["2"] == len(hostile)
+    assert (single["commit_events_sum"], single["commit_events_count"]) == (19, len(hostile) + 1)
+    assert single["commit_duration_seconds_sum"] > 0 and single["store_bytes"] > 4096
+    assert single["start_time_seconds"] == NOW / 1e6 and metrics["build_info"] == {aggregator.__version__: 1}
+    assert stats["last_commit"]["events"] == 3 and stats["last_commit"]["milliseconds"] > 0
+
+
+def test_only_the_largest_topics_have_series_of_their_own(desk, monkeypatch):
+    monkeypatch.setattr(aggregator, "METRICS_MAX_TOPICS", 2)
+    for n in (1, 3, 2):
+        desk.publish(*[sample(str(i), topic=f"t{n}") for i in range(n)])
+    metrics = parsed_metrics(desk.ask("GET", "/metrics").body.decode())
+    assert metrics["topic_unique_total"] == {"t3": 3, "t2": 2} and list(metrics["topic_duplicates_total"]) == ["t3", "t2"]
+
+
+def test_a_counter_of_events_never_falls(desk, monkeypatch):
+    desk.publish(sample("1"))
+    monkeypatch.setattr(desk.pipeline._store, "commit", lambda *_: (_ for _ in ()).throw(aggregator.StoreFailed("full")))
+    before = parsed_metrics(desk.ask("GET", "/metrics").body.decode())
+    assert desk.ask("POST", "/publish", sample("2")).status == 503
+    after = parsed_metrics(desk.ask("GET", "/metrics").body.decode())
+    assert before["events_received_total"] == after["events_received_total"] == {None: 1}
+    assert after["commit_events_count"] == {None: 1} and after["rejected_total"]["store-unavailable"] == 1
+
+
+def test_what_the_parser_refuses_is_counted_and_so_are_connections(site):
+    assert exchange(site.port, b"nonsense\r\n\r\n")[0].status == 400
+    with contextlib.closing(dial(site.port)):
+        metrics = parsed_metrics(fetch(site.port, "GET", "/metrics").body.decode())
+    assert metrics["rejected_total"]["bad-request"] == 1 and metrics["connections"][None] == 2
 
 
 # ======================================================================================================================
@@ -1500,7 +1788,7 @@ def assert_problem(answer, content_type):
     assert content_type == "application/problem+json"
     assert {"type", "title", "status", "detail"} <= set(answer.json) and answer.json["detail"]
     name = answer.json["type"].partition("/docs#")[2]
-    assert (answer.status, answer.json["title"]) == aggregator.PROBLEMS[name] and answer.json["status"] == answer.status
+    assert (answer.status, answer.json["title"]) == aggregator.PROBLEMS[name][:2] and answer.json["status"] == answer.status
     assert (answer.status == 503) == ("Retry-After" in answer.headers)
 
 
@@ -1910,8 +2198,8 @@ def test_every_route_refuses_a_parameter_it_does_not_have(desk, route):
 
 
 def test_every_problem_has_a_status_with_a_reason():
-    for status, title in aggregator.PROBLEMS.values():
-        assert 400 <= status < 600 and aggregator.REASONS[status] and title
+    for status, title, advice in aggregator.PROBLEMS.values():
+        assert 400 <= status < 600 and aggregator.REASONS[status] and title and advice
 
 
 # Who may do what
