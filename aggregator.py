@@ -1576,7 +1576,7 @@ _BARE_EOL = re.compile(rb"(?:^|[^\r])\n|\r[^\n]")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _COMPRESSED = {"": False, "identity": False, "gzip": True, "x-gzip": True}  # by Content-Encoding (RFC 9110 §8.4)
-METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "PATCH", "TRACE")  # known; any other is answered 501
+METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "PATCH", "TRACE", "QUERY")  # known; any other is answered 501
 
 
 def _refuse(detail: str, problem: str = "bad-request") -> NoReturn:
@@ -1991,7 +1991,7 @@ ROUTES = (
                                           "type": "object", "required": ["events"], "properties": {"events": _EVENTS}}]),
             "application/x-ndjson": _term("an event a line", _wire(_EVENT), type="string"),
             "text/plain": _term("each line is the `message` of an event of `?topic=` and `?source=`, which go with it only",
-                                "first line\nsecond line\n", type="string")}, ("Idempotency-Key",)),
+                                "first line\nsecond line\n", type="string", pattern=r"\S")}, ("Idempotency-Key",)),
     Route("PUT", "/events/{topic}/{event_id}", "put_event", ("timestamp", "source"), "Publish one event under its identity", (
         Answer(201, "new", {**_VERDICT, "verdict": "new"}), Answer(200, "a duplicate", _VERDICT)), ("conflict", *_WRITING), {
             "text/plain": _term("a text, for the payload `{\"message\": text}`", "finished in 312 s", type="string"),

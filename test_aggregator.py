@@ -2169,7 +2169,7 @@ def test_a_batch_larger_than_the_queue_is_413_and_a_full_queue_503(make_desk):
     ("DELETE", "/publish", "OPTIONS, POST"), ("GET", "/publish", "OPTIONS, POST"),
     ("POST", "/events", "GET, HEAD, OPTIONS"), ("PATCH", "/events/t/1", "GET, HEAD, OPTIONS, PUT"),
     ("PUT", "/stats", "GET, HEAD, OPTIONS"), ("TRACE", "/", "GET, HEAD, OPTIONS"),
-    ("HEAD", "/publish", "OPTIONS, POST")])
+    ("HEAD", "/publish", "OPTIONS, POST"), ("QUERY", "/metrics", "GET, HEAD, OPTIONS")])
 def test_a_wrong_method_is_405_with_what_is_allowed(desk, method, target, allow):
     answer = desk.ask(method, target)
     assert (answer.status, answer.headers["Allow"]) == (405, allow)
