@@ -239,15 +239,16 @@ def parse_timestamp(text: str) -> int:
 @functools.lru_cache(1024)  # events come in bursts: most share their second with the one before
 def _second(day: str, clock: Optional[str], offset: Optional[str]) -> int:
     """The instant of a whole second, in microseconds. Raises ValueError for what the calendar or the clock lacks."""
-    year, month, date, hour, minute, second = [int(n) for n in re.split("[-:T]", f"{day}T{clock or '00:00'}:00")[:6]]
+    hour, minute, second = [int(part) for part in ((clock or "00:00") + ":00").split(":")[:3]]
     try:
-        instant = datetime.datetime(year, month, date, hour, minute, second)
+        instant = datetime.datetime(int(day[:4]), int(day[5:7]), int(day[8:]), hour, minute, second)
         if offset and offset != "Z":
             ahead = datetime.timedelta(hours=int(offset[1:3]), minutes=int(offset[3:].lstrip(":") or 0))
             instant += ahead if offset[0] == "-" else -ahead
     except (ValueError, OverflowError) as error:  # a leap second too: it has to be sent as second 59
         raise ValueError(f"is not an instant of the years 0001 to 9999 in UTC ({error})")
-    return (instant - _EPOCH) // datetime.timedelta(microseconds=1)
+    since = instant - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000
 
 
 def format_timestamp(instant_us: int) -> str:
@@ -288,9 +289,6 @@ def decode_text(body: bytes) -> str:
         raise NotJSON(f"byte 0x{body[error.start]:02x} at offset {error.start} is not UTF-8: send UTF-8")
 
 
-_VALUE_START = re.compile("[^ \t\r\n]")  # JSON's white space, no more (RFC 8259 §2)
-
-
 def json_values(text: str) -> List[Any]:
     """All JSON values in `text`, with blanks, newlines or nothing between them. Raises NotJSON, or InvalidEvents for
     nesting that the decoder gives up on.
@@ -299,10 +297,11 @@ def json_values(text: str) -> List[Any]:
     [{'a': 1}, {'b': 2}, [3]]
     """
     values: List[Any] = []
-    start = _VALUE_START.search(text)
-    while start is not None:
+    text = text.strip(" \t\r\n")  # JSON's white space, no more (RFC 8259 §2)
+    at, end = 0, len(text)
+    while at < end:
         try:
-            value, end = _DECODER.raw_decode(text, start.start())
+            value, at = _DECODER.raw_decode(text, at)
         except RecursionError:
             index = sum(len(before) if isinstance(before, list) else 1 for before in values)
             raise InvalidEvents([Fault(index, "", _TOO_DEEP)])
@@ -310,7 +309,8 @@ def json_values(text: str) -> List[Any]:
             raise NotJSON(f"at line {error.lineno}, column {error.colno}: {error.msg[:1].lower() + error.msg[1:]};"
                           f" what stands there is {_shown(text[error.pos:error.pos + 20])}")
         values.append(value)
-        start = _VALUE_START.search(text, end)
+        while at < end and text[at] in " \t\r\n":
+            at += 1
     return values
 
 
@@ -1570,6 +1570,7 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([^\x00-\x20\x7f#]+) HTTP/([0-9
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9112 §5: no blank before the colon
 _HOST = re.compile(r"(?:(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 §7.2
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]+)/?(.*)")
+_DIGITS = re.compile("[0-9]+")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")  # RFC 9112 §7.1
 _OTHER_CODINGS = re.compile(r"(?:(?:(?:x-)?(?:gzip|compress)|deflate|identity)[ \t]*,[ \t]*)+chunked")  # RFC 9112 §7.2
 _BARE_EOL = re.compile(rb"(?:^|[^\r])\n|\r[^\n]")
@@ -1589,12 +1590,14 @@ def percent_decode(raw: bytes, plus_is_blank: bool = False) -> str:
     >>> percent_decode(b"caf%C3%A9+1", plus_is_blank=True)
     'café 1'
     """
-    if _BAD_ESCAPE.search(raw):
-        _refuse("the target has a % without two hexadecimal digits: write a literal % as %25")
     if plus_is_blank:
         raw = raw.replace(b"+", b" ")
+    if b"%" in raw:
+        if _BAD_ESCAPE.search(raw):
+            _refuse("the target has a % without two hexadecimal digits: write a literal % as %25")
+        raw = _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), raw)
     try:
-        return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), raw).decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError:
         _refuse("the target is not UTF-8 when percent-decoded")
 
@@ -1736,9 +1739,10 @@ def _parse_head(text: bytes) -> Head:
     if coding not in _COMPRESSED:
         raise HTTPError("unsupported-encoding", "the Content-Encoding must be gzip or absent", (("Accept-Encoding", "gzip"),))
     connection = {token.strip(" \t").lower() for token in headers.get("connection", "").split(",")}
-    return Head(method, path, query, headers, headers.get("content-type", "").partition(";")[0].strip(" \t").lower(), length,
-                gzip=_COMPRESSED[coding], expects_continue=expect != "" and not http_1_0 and length != 0,
-                keep_alive="close" not in connection and (not http_1_0 or "keep-alive" in connection), http_1_0=http_1_0)
+    content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+    return Head(method, path, query, headers, content_type, length, _COMPRESSED[coding],
+                expect != "" and not http_1_0 and length != 0,
+                "close" not in connection and (not http_1_0 or "keep-alive" in connection), http_1_0)
 
 
 def _parse_request_line(line: bytes) -> Tuple[str, bytes, bool]:
@@ -1793,7 +1797,7 @@ def _body_length(headers: Dict[str, str], http_1_0: bool) -> Optional[int]:
     """Bytes of the body, 0 without one, None for chunked (RFC 9112 §6.3)."""
     length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding")
     if coding is None:
-        if re.fullmatch("[0-9]+", length) is None:  # signs, blanks, lists, repeated fields, other digits than 0 to 9
+        if _DIGITS.fullmatch(length) is None:  # signs, blanks, lists, repeated fields, other digits than 0 to 9
             _refuse("Content-Length must be there once and hold decimal digits only")
         if len(length) > 18:
             _refuse("Content-Length has more than 18 digits", "too-large")
