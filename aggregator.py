@@ -1007,7 +1007,8 @@ def close_gaps(newest: int, ranges: Sequence[Sequence[int]], arrived: Sequence[i
 
 def _delay_bucket(delay_us: int) -> str:
     """The histogram bucket of a duplicate's delay: the least bound in seconds that is not below it, or "inf"."""
-    return str(next((bound for bound in DELAY_BOUNDS_S if delay_us <= bound * 1_000_000), "inf"))
+    at = bisect.bisect_left(DELAY_BOUNDS_S, delay_us / 1e6)
+    return str(DELAY_BOUNDS_S[at]) if at < len(DELAY_BOUNDS_S) else "inf"
 
 
 # What must hold in a store at rest: a sentence, and a query that counts what contradicts it.
