@@ -819,7 +819,7 @@ class Store:
         recent = db.execute(_RECOVER, (through[oldest],)).rowcount
         last_seq = _value(db, "SELECT ifnull(max(seq), 0) FROM sqlite_sequence WHERE name = 'processed_events'")
         self._state = _State(last_seq, recent, int(oldest, 16), listed)
-        self._places = {self.path + end: os.stat(self.path + end)[1:3] for end in ("", "-owner", "-wal")}  # inode and device
+        self._places = {self.path + end: os.stat(self.path + end)[1:3] for end in ("", "-owner", "-shm", "-wal")}  # inode, device
         self._wal_to_warn_of = WAL_WARN_BYTES
         self._over: Set[str] = set()  # topics that may hold more than max_per_topic
         if self._max_per_topic:
