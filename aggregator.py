@@ -114,7 +114,7 @@ GAPS_KEPT = 500  # missing ranges of sequence numbers remembered for each source
 TRIM_ROWS = 500  # rows that one step of retention removes, about 10 ms
 TIDY_INTERVAL_S = 1.0  # how often retention looks for work when nothing is published
 
-MAX_CONNECTIONS = 1000  # each costs about 10 KB idle
+MAX_CONNECTIONS, REFUSALS_AT_ONCE = 1000, 64  # each costs about 6 KB idle; so many more are told so, the rest just closed
 READ_BYTES = 64 * 1024  # one read from a socket
 HEAD_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head, in total
 BODY_STALL_TIMEOUT_S = 20.0  # without a single byte of the body
@@ -127,6 +127,9 @@ SWEEP_INTERVAL_S = 0.25  # how exactly deadlines are kept
 STOP_REQUESTS_S = 4.0  # for requests under way at SIGTERM
 STOP_DRAIN_S = 4.0  # for the queue after that; together well under the 10 s that `docker stop` grants
 HEALTH_PROBE_S = 60.0  # a health check writes if no commit has proved for so long that the store can be written
+BUFFERS_MAX_BYTES = 64 * 1024 * 1024  # bodies arriving and answers leaving, of all connections; what fits READ_BYTES is free
+WAL_WARN_BYTES = 256 * 1024 * 1024  # past it, something keeps the WAL from being folded into the file
+LOG_LINES, LOG_PERIOD_S = 20, 10.0  # lines of a kind, WARNING or above, in so long: no stranger fills the disk with them
 
 # One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457), and when
 # it is said and what to do.
@@ -157,6 +160,7 @@ PROBLEMS: Dict[str, Tuple[int, str, str]] = {
     "store-unavailable": (503, "The store cannot be written or read", "disk full, locked or broken; nothing was stored: retry"),
     "stopping": (503, "The service is stopping", "retry"),
     "too-many-connections": (503, "Too many connections", "1,000 are open: retry"),
+    "overloaded": (503, "Too much is on its way at once", "more than 64 MB arrive and leave, and this took longest: retry"),
     "version-not-supported": (505, "The HTTP version is not supported", "neither HTTP/1.1 nor HTTP/1.0"),
 }
 
@@ -427,7 +431,7 @@ def _shown(value: Any) -> str:
     """A value as it may stand in a message: ASCII, at most 60 characters, never raising."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
-    text = json.dumps(value)
+    text = json.dumps(value).replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -636,6 +640,9 @@ SELECT json_object(
     'sources_total', (SELECT count(*) FROM stats WHERE kind = 'source'),
     'gaps', (SELECT total(missing) FROM sequences),  -- sum() would overflow
     'delays', (SELECT json_group_object(name, duplicates) FROM stats WHERE kind = 'delay')) FROM stats WHERE kind = 'total'"""
+_PROBES = (("processed_events", "0, x'', 0, 0, '', '', 0, '', '', 0", "seq = 0"), ("seen", "x'', 0, 0, 0", "key = x''"),
+           ("listing", "'', 0, 0", "topic = ''"), ("by_time", "0, 0", "seq = 0"), ("progress", "'', 0", "part = ''"),
+           ("stats", "'', '', 0, 0, 0, 0", "kind = ''"))
 # Instants as the contract spells them, counted from the year 1, because SQL's / and % round towards zero.
 _INSTANT = ("strftime('%Y-%m-%dT%H:%M:%S', ({0} + 62135596800000000) / 1000000 - 62135596800, 'unixepoch')"
             " || printf('.%06dZ', ({0} + 62135596800000000) % 1000000)")
@@ -710,6 +717,8 @@ def _transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[No
                 db.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
             raise StoreFailed(str(error)) from error
+        if mode == "DEFERRED" and isinstance(error, (LookupError, TypeError, ValueError)):
+            raise StoreFailed(f"the store is damaged ({error}): stop the service and run `aggregator.py check`") from error
         raise
 
 
@@ -780,9 +789,9 @@ class Store:
         try:
             self._db = _connect(path)
             self._open(full_sync)
-        except (sqlite3.Error, StoreError) as error:
+        except (sqlite3.Error, StoreError, LookupError, OSError, TypeError, ValueError) as error:  # the last three: damage
             self._owner.close()
-            _require(isinstance(error, sqlite3.Error), str(error))
+            _require(not isinstance(error, StoreError), str(error))
             raise StoreError(f"cannot use {path}: {error}; SQLite needs its JSON functions, and a damaged file has to be moved"
                              " away or restored from a copy")
 
@@ -810,6 +819,8 @@ class Store:
         recent = db.execute(_RECOVER, (through[oldest],)).rowcount
         last_seq = _value(db, "SELECT ifnull(max(seq), 0) FROM sqlite_sequence WHERE name = 'processed_events'")
         self._state = _State(last_seq, recent, int(oldest, 16), listed)
+        self._places = {self.path + end: os.stat(self.path + end)[1:3] for end in ("", "-owner", "-shm", "-wal")}  # inode, device
+        self._wal_to_warn_of = WAL_WARN_BYTES
         self._over: Set[str] = set()  # topics that may hold more than max_per_topic
         if self._max_per_topic:
             self._over.update(json.loads(_value(db, "SELECT json_group_array(name) FROM stats WHERE kind = 'topic' AND"
@@ -839,6 +850,7 @@ class Store:
             self._count(records, repeats, now_us)
             state = self._list(self._merge(state, len(fresh), now_us), LIST_ROWS)
             state = self._trim(state, now_us, 2 * len(fresh))
+            self._check_place()
         self._state = state
         return Decision(first_seq, now_us, repeats)
 
@@ -934,7 +946,7 @@ class Store:
     def tidy(self, now_us: int) -> bool:
         """One small step of retention in a transaction of its own. True if there may be more to do."""
         with _transaction(self._db, "DEFERRED"):
-            if not self._over and not self._expired(now_us, 1):
+            if not self._over and not self._expired(now_us, TRIM_ROWS):
                 return False
         with _transaction(self._db):
             state = self._trim(self._state, now_us, TRIM_ROWS)
@@ -942,12 +954,12 @@ class Store:
         return True
 
     def _expired(self, now_us: int, rows: int) -> List[int]:
-        """The seqs of the oldest events that --retention has done with."""
+        """The seqs of the oldest events that --retention has done with, and of what came before them by another clock."""
         if not self._retention_us:
             return []
         return list(json.loads(_value(
-            self._db, "SELECT json_group_array(seq) FROM (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?)"
-            " WHERE processed_at < ?", (rows, now_us - self._retention_us))))
+            self._db, "WITH o AS (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?) SELECT json_group_array("
+            "seq) FROM o WHERE seq <= (SELECT max(seq) FROM o WHERE processed_at < ?)", (rows, now_us - self._retention_us))))
 
     def _trim(self, state: "_State", now_us: int, rows: int) -> "_State":
         """Remove up to `rows` events that retention has done with."""
@@ -973,9 +985,26 @@ class Store:
         return state
 
     def probe(self) -> None:
-        """Prove that the store can be written, by writing."""
+        """Prove that the store can be written, by writing as many pages as a small commit; no change would be no write."""
         with _transaction(self._db):
-            self._db.execute("UPDATE stats SET uniques = uniques WHERE kind = 'total'")
+            for table, row, which in _PROBES:
+                self._db.execute(f"INSERT INTO {table} VALUES({row})")
+                self._db.execute(f"DELETE FROM {table} WHERE {which}")
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            self._check_place()
+
+    def _check_place(self) -> None:
+        """Raise StoreFailed if a file of the store has been deleted, moved or replaced. SQLite would go on writing to what
+        has no name any more, and each 202 would be a lie; or a second process could own what is there now."""
+        for name, place in self._places.items():
+            with contextlib.suppress(OSError):
+                found = os.stat(name)
+                if found[1:3] == place:
+                    continue
+            raise StoreFailed(f"{name} was deleted, moved or replaced while in use: put the same file back, or restart")
+        if found.st_size > self._wal_to_warn_of:  # the last was the WAL
+            log.warning("WAL GROWS - %s has %d MB: end the program that is reading the store", name, found.st_size >> 20)
+            self._wal_to_warn_of = 2 * found.st_size
 
     def close(self) -> None:
         """Fold the WAL into the file and give up ownership. The store stays whole if this never runs."""
@@ -1073,6 +1102,7 @@ class Reader:
         self._path = path
         self._db = _connect(path)
         self._db.execute("PRAGMA query_only=1")
+        self._db.execute("SELECT 1 FROM stats")  # opens all files now, whatever becomes of their names
 
     def close(self) -> None:
         """Release the connection."""
@@ -1261,7 +1291,7 @@ class Pipeline:
         self._queue: asyncio.Queue[_Batch] = asyncio.Queue(max_events)
         self._in_flight = self._in_flight_bytes = 0  # events taken and neither committed nor refused
         self._taken = 0  # events ever taken and not refused since
-        self.duplicates: deque[Tuple[Record, Verdict, int]] = deque(maxlen=DUPLICATES_KEPT)  # the last, and when they came
+        self.duplicates: deque[Tuple[Record, Verdict, int]] = deque(maxlen=DUPLICATES_KEPT)  # the last (no payload), and when
         self.last_commit = (0, 0)  # its events, and the microseconds it took
         self.commit_events, self.commit_seconds = Histogram(COMMIT_BOUNDS), Histogram(COMMIT_BOUNDS_S)
         self._stopping = False
@@ -1295,7 +1325,7 @@ class Pipeline:
         n = len(events)
         if n > self.max_events:
             raise BatchTooLarge(n, self.max_events)
-        if self._stopping:
+        if self._stopping or self._tasks[0].done():  # the consumer; that would be a bug, and health says so
             raise Stopping("the service is stopping: send again in a moment")
         if self._in_flight + n > self.max_events or (self._in_flight and self._in_flight_bytes + size > QUEUE_MAX_BYTES):
             raise QueueFull(f"{self._in_flight} of {self.max_events} events are queued and {n} more do not fit: send again"
@@ -1322,10 +1352,10 @@ class Pipeline:
             while count < GROUP_MAX_EVENTS and not self._queue.empty():
                 group.append(self._queue.get_nowait())
                 count += len(group[-1].records)
-            records = group[0].records if len(group) == 1 else [each for batch in group for each in batch.records]
             started = self._loop.time()
             outcome: Union[Decision, Unavailable]
             try:
+                records = group[0].records if len(group) == 1 else [each for batch in group for each in batch.records]
                 outcome = await self._loop.run_in_executor(self._writer, self._store.commit, records, self._clock())
                 self._failure, self._proven = "", self._loop.time()
             except Exception as error:  # whatever it is, the next group may go through
@@ -1363,7 +1393,7 @@ class Pipeline:
                 while taken < len(outcome.repeats) and outcome.repeats[taken][0] < at + n:
                     index, verdict = outcome.repeats[taken]
                     repeats.append((index - at, verdict))
-                    self.duplicates.append((batch.records[index - at], verdict, outcome.now_us))
+                    self.duplicates.append((batch.records[index - at]._replace(payload=""), verdict, outcome.now_us))
                     taken += 1
                 if waits and batch.done is not None:
                     first = outcome.first_seq + at - taken + len(repeats)
@@ -1640,6 +1670,11 @@ class RequestParser:
             self._broken = True
             self.wants_continue = False
             raise
+
+    def close(self) -> None:
+        """Let go of what was fed. Parser and generator refer to each other, so it would wait for the garbage collector."""
+        self._messages.close()
+        self._buffer.clear()
 
     def _parse(self) -> Generator[Optional[Request], None, None]:
         buffer = self._buffer
@@ -1974,7 +2009,7 @@ _EVENTS = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schem
 # What can be wrong with any request; with one that finds no route; and with one that writes.
 ANYWHERE = ("bad-request", "bad-parameter", "timeout", "too-large", "target-too-long", "unsupported-encoding",
             "expectation-failed", "misdirected", "headers-too-large", "internal-error", "not-implemented",
-            "too-many-connections", "version-not-supported")
+            "too-many-connections", "overloaded", "version-not-supported")
 NOWHERE = ("not-found", "method-not-allowed")
 _READING = ("unauthorized", "store-unavailable")
 _WRITING = ("not-json", "forbidden", "invalid-event", "queue-full", "stopping", *_READING)
@@ -2332,7 +2367,10 @@ class API:
                         route.path, _shown(name), ", ".join(route.parameters) or "none"))
             return await self._handlers[route.handler](request, peer)
         except Exception as error:
-            return self.refuse(_refusal(error))
+            refused, writes = _refusal(error), request.head.method not in ("GET", "HEAD", "OPTIONS")
+            log.log(logging.WARNING if writes else logging.DEBUG, f"REFUSED {PROBLEMS[refused.problem][0]} - %s, %s %s: %s", peer,
+                    request.head.method, _shown("/" + "/".join(request.head.path)), refused.detail)
+            return self.refuse(refused)
 
     def refuse(self, error: HTTPError) -> Response:
         """The answer to a request that is refused, counted."""
@@ -2421,8 +2459,9 @@ class API:
         """All pages, one in memory at a time; up to `query.limit` events if `limited`, else to the end."""
         left = query.limit
         while True:
+            piece, page = page.text.encode("utf-8") + b"\n", page._replace(text="")  # so that it is not kept twice
             if page.size:
-                yield page.text.encode("utf-8") + b"\n"
+                yield piece
             left -= page.size
             if page.next is None or (limited and left <= 0):
                 return
@@ -2620,41 +2659,37 @@ def _mend_offset(text: str) -> str:
 #   * Requests of a connection are answered in order, one at a time; a flood of them only fills the client's own socket.
 #   * After an error or a "close" nothing more of that connection is read as a request.
 #   * A client that is refused while still sending gets its answer before the reset (RFC 9112 §9.6): half-close, drain.
+#   * What all connections together keep in memory is bounded: beyond, whichever has been sending or reading longest goes.
 # ======================================================================================================================
 
 class _Connection:
     """What the sweeper needs to know of one connection. Instants are the loop's, in seconds."""
-    __slots__ = ("expired", "peer", "phase", "progress", "received", "since", "task", "writer")
+    __slots__ = ("expired", "held", "peer", "phase", "progress", "received", "since", "task", "writer")
 
     def __init__(self, task: "asyncio.Task[Any]", writer: asyncio.StreamWriter, now: float) -> None:
-        self.task = task
-        self.writer = writer
+        self.task, self.writer = task, writer
         self.peer = str((writer.get_extra_info("peername") or ("unknown",))[0])
         self.phase = "idle"  # idle, head, body, work, write
-        self.since = now  # when the phase began
-        self.progress = now  # when bytes came last
-        self.received = 0  # bytes of this body
-        self.expired = ""
+        self.since = self.progress = now  # when the phase began, and when bytes came last
+        self.received = self.held = 0  # bytes of this body, and those that count against BUFFERS_MAX_BYTES
+        self.expired: Optional[HTTPError] = None  # why it was cut off
 
     def enter(self, phase: str, now: float) -> None:
         if phase != self.phase:
             self.phase = phase
             self.since = self.progress = now
-            self.received = 0
+            self.received = self.held = 0
 
     def overdue(self, now: float) -> str:
         """Why this connection has waited long enough, or ""."""
         age = now - self.since
-        if self.phase == "idle":
-            return "idle" if age > IDLE_TIMEOUT_S else ""
-        if self.phase == "head":
-            return f"the request head took longer than {HEAD_TIMEOUT_S:.0f} s" if age > HEAD_TIMEOUT_S else ""
         if self.phase == "body":
             if now - self.progress > BODY_STALL_TIMEOUT_S:
                 return f"no byte of the body came for {BODY_STALL_TIMEOUT_S:.0f} s"
-            if age > BODY_GRACE_S and self.received < age * BODY_MIN_BYTES_PER_S:
-                return f"the body came slower than {BODY_MIN_BYTES_PER_S} bytes/s"
-        return "write" if self.phase == "write" and age > WRITE_TIMEOUT_S else ""
+            slow = age > BODY_GRACE_S and self.received < age * BODY_MIN_BYTES_PER_S
+            return f"the body came slower than {BODY_MIN_BYTES_PER_S} bytes/s" if slow else ""
+        limit_s = {"idle": IDLE_TIMEOUT_S, "head": HEAD_TIMEOUT_S, "write": WRITE_TIMEOUT_S}.get(self.phase, age)
+        return f"the request {self.phase} took longer than {limit_s:.0f} s" if age > limit_s else ""
 
 
 class Server:
@@ -2669,12 +2704,13 @@ class Server:
         self._connections: Set[_Connection] = set()
         api.connections = self._connections.__len__
         self._stopping = False
+        self._starved = -60.0  # when a connection could not be taken last, by the loop's clock
         self._date = (0, "")
 
     async def bind(self, host: str, port: int, tls: Any = None) -> List[str]:
         """Bind without listening yet, `tls` being an ssl.SSLContext or None; returns the addresses. Raises OSError."""
         self._server = await asyncio.start_server(
-            self._serve, host, port, limit=READ_BYTES, backlog=1024, start_serving=False, ssl=tls,
+            self._serve, host, port, limit=READ_BYTES // 2, backlog=1, start_serving=False, ssl=tls,
             ssl_handshake_timeout=HEAD_TIMEOUT_S if tls else None)
         return [("[{}]:{}" if ":" in name[0] else "{}:{}").format(*name[:2])
                 for name in (sock.getsockname() for sock in self._server.sockets or [])]
@@ -2682,7 +2718,21 @@ class Server:
     async def listen(self) -> None:
         """Start taking connections. Raises OSError."""
         await self._server.start_serving()
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        for sock in self._server.sockets or []:
+            with contextlib.closing(sock.dup()) as same:  # 1024 for the kernel, and 1 for asyncio: it takes its backlog in one
+                same.listen(1024)  # turn, and for each of them that it cannot take it sets a timer to try them all again
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_trouble)
+        self._sweeper = loop.create_task(self._sweep())
+
+    def _on_trouble(self, loop: asyncio.AbstractEventLoop, context: Dict[str, Any]) -> None:
+        """What asyncio has nobody to tell. It tries once a second to accept while descriptors lack; we say so once."""
+        if "accept" not in str(context.get("message")):
+            loop.default_exception_handler(context)
+        else:
+            if loop.time() - self._starved > 10.0:
+                log.error("NO CONNECTION TAKEN - %s: raise the limit (ulimit -n)", context.get("exception"))
+            self._starved = loop.time()
 
     async def stop(self, timeout_s: float) -> None:
         """Take no more connections, close idle ones, let requests under way finish for `timeout_s`, then cut them off."""
@@ -2691,55 +2741,68 @@ class Server:
         for connection in self._connections:
             if connection.phase == "idle":
                 connection.task.cancel()
-        tasks = {connection.task for connection in self._connections}
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        late = {connection.task for connection in self._connections}
+        for wait_s in (timeout_s, 1.0):
+            late = (await asyncio.wait(late, timeout=wait_s))[1] if late else late
             for task in late:
                 task.cancel()
-            if late:
-                await asyncio.wait(late, timeout=1.0)
         self._sweeper.cancel()
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            now = loop.time()
             for connection in list(self._connections):
-                reason = connection.overdue(now)
+                reason = connection.overdue(loop.time())
                 if reason and not connection.expired:
-                    connection.expired = reason
-                    if reason == "write":
-                        connection.writer.transport.abort()
-                    else:
-                        connection.task.cancel()  # it waits in a read; `_serve` turns this into an answer
+                    self._cut_off(connection, HTTPError("timeout", reason + ": send it faster"))
+
+    def _cut_off(self, connection: _Connection, why: HTTPError) -> None:
+        connection.expired, connection.held = why, 0
+        if connection.phase == "write":
+            log.warning("CUT OFF - %s does not read its answer", connection.peer)
+            connection.writer.transport.abort()
+        else:
+            connection.task.cancel()  # it waits in a read; `_serve` turns this into an answer
+
+    def _hold(self, connection: _Connection, size: int) -> None:
+        """Have `size` bytes count as kept in memory for `connection`, and make room if all together keep too much."""
+        connection.held = size
+        for oldest in sorted([each for each in self._connections if each.held], key=lambda each: each.since):
+            if sum([each.held for each in self._connections]) <= max(BUFFERS_MAX_BYTES, 2 * self._max_body):
+                break
+            if oldest.phase in ("body", "write"):  # the others are being answered
+                self._cut_off(oldest, HTTPError("overloaded", "too much is on its way, and this has taken longest: try again"))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         writer.transport.set_write_buffer_limits(0)  # so that a drained answer is in the kernel's hands, all of it
         connection = _Connection(task, writer, asyncio.get_running_loop().time())
+        self._connections.add(connection)
+        over = len(self._connections) - self._max_connections
+        why = HTTPError("too-many-connections", f"{self._max_connections} connections are open: try again") if over > 0 else None
         try:
-            if len(self._connections) >= self._max_connections:
-                raise HTTPError("too-many-connections", f"{len(self._connections)} connections are open: try again")
-            self._connections.add(connection)
-            await self._converse(connection, reader)
-        except HTTPError as error:
-            await self._farewell(connection, reader, error)
-        except asyncio.CancelledError:  # by the sweeper or by `stop`; this task ends here in any case
-            if connection.expired and connection.phase in ("head", "body"):
-                await self._farewell(connection, reader, HTTPError("timeout", connection.expired + ": send it faster"))
-        except OSError:
-            pass  # the client is gone
+            if over <= 0:
+                try:
+                    with contextlib.closing(RequestParser(self._max_body)) as parser:
+                        await self._converse(connection, reader, parser)
+                except HTTPError as error:
+                    why = error.with_traceback(None)  # its frames would keep the request in memory
+                except asyncio.CancelledError:  # by the sweeper or by `stop`
+                    why = connection.expired if connection.phase in ("head", "body") else None
+            if why is not None and over <= REFUSALS_AT_ONCE:
+                await self._farewell(connection, reader, why)
+        except (OSError, asyncio.CancelledError):
+            pass  # the client is gone, or `stop` waits no longer; the task ends here in any case
         finally:
             self._connections.discard(connection)
             if writer.transport.get_write_buffer_size():  # it does not read, and a close would wait until it does
                 writer.transport.abort()
             writer.close()
 
-    async def _converse(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
+    async def _converse(self, connection: _Connection, reader: asyncio.StreamReader, parser: RequestParser) -> None:
         """Requests and answers until either side has had enough. Raises HTTPError for what cannot be read on."""
-        parser = RequestParser(self._max_body)
         loop, writer = asyncio.get_running_loop(), connection.writer
         in_a_row = 0
         while True:
@@ -2761,13 +2824,15 @@ class Server:
                     connection.enter("head", loop.time())
                 connection.progress = loop.time()
                 connection.received += len(data)
+                if connection.phase == "body":
+                    self._hold(connection, connection.received)
                 in_a_row = 0
                 continue
             connection.phase = "work"
             response = await self._api.answer(request, connection.peer)
             keep_alive = request.head.keep_alive and not self._stopping
             connection.enter("write", loop.time())
-            keep_alive = await self._write(connection, request, response, keep_alive)
+            keep_alive = await self._write(connection, request, response, keep_alive) and connection.expired is None
             if not keep_alive:
                 await self._linger(connection, reader)
                 return
@@ -2779,8 +2844,9 @@ class Server:
         """Send an answer; whether the connection may be kept after it."""
         writer, body = connection.writer, response.body
         head_only, http_1_0 = request.head.method == "HEAD", request.head.http_1_0
-        if not isinstance(body, bytes) and http_1_0:
-            keep_alive = False
+        keep_alive = keep_alive and (isinstance(body, bytes) or not http_1_0)
+        if isinstance(body, bytes) and len(body) > READ_BYTES:
+            self._hold(connection, 2 * len(body))  # once here, once in the transport
         writer.write(encode_response(response, self._now(), keep_alive, head_only, http_1_0))
         if not isinstance(body, bytes) and not head_only:
             loop = asyncio.get_running_loop()
@@ -2788,8 +2854,9 @@ class Server:
                 async for piece in body:
                     writer.write(piece if http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
                     connection.phase, connection.since = "write", loop.time()
+                    self._hold(connection, 2 * len(piece))
                     await writer.drain()
-                    connection.phase = "work"
+                    connection.phase, connection.held = "work", 0
             except Unavailable as error:  # the status is long gone: an unfinished body is the only honest signal left
                 log.error("a list was cut off: %s", error)
                 writer.transport.abort()
@@ -2802,6 +2869,7 @@ class Server:
 
     async def _farewell(self, connection: _Connection, reader: asyncio.StreamReader, error: HTTPError) -> None:
         """Answer once and close."""
+        log.warning(f"REFUSED {PROBLEMS[error.problem][0]} - %s: %s", connection.peer, error.detail)
         connection.writer.write(encode_response(self._api.refuse(error), self._now(), False))
         await self._linger(connection, reader)
 
@@ -2809,15 +2877,13 @@ class Server:
         """Close without losing the answer: a reset would take it from the client's buffer (RFC 9112 §9.6)."""
         writer, loop = connection.writer, asyncio.get_running_loop()
         connection.enter("linger", loop.time())
-        try:
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(writer.drain(), LINGER_TIMEOUT_S)
             if writer.can_write_eof():
                 writer.write_eof()
             end = loop.time() + LINGER_TIMEOUT_S
             while await asyncio.wait_for(reader.read(READ_BYTES), max(0.0, end - loop.time())):
                 pass
-        except (OSError, asyncio.TimeoutError):
-            pass
 
     def _now(self) -> str:
         """The Date field, made anew once a second."""
@@ -2953,6 +3019,24 @@ def read_settings(command: str, arguments: Sequence[str], environment: Dict[str,
     return settings
 
 
+def log_limit(clock: Callable[[], float]) -> Callable[[logging.LogRecord], bool]:
+    """A filter for a log handler: of what strangers can cause (WARNING and above), LOG_LINES lines of a kind (what the format
+    begins with) get through in LOG_PERIOD_S, and the others are counted. `clock` is in seconds."""
+    since, lines = clock(), Counter()  # type: Tuple[float, Counter[str]]
+
+    def _passes(record: logging.LogRecord) -> bool:
+        nonlocal since, lines
+        if clock() - since >= LOG_PERIOD_S:
+            before, since, lines = lines, clock(), Counter()
+            for kind in before:
+                if before[kind] > LOG_LINES:
+                    log.warning("… and %s more like it: %s", f"{before[kind] - LOG_LINES:,}", kind)
+        kind = str(record.msg).partition(" - ")[0][:40]
+        lines[kind] += record.levelno >= logging.WARNING
+        return lines[kind] <= LOG_LINES
+    return _passes
+
+
 def versions() -> str:
     """What is running: our version, Python's, SQLite's."""
     return f"aggregator {__version__} (Python {sys.version.split()[0]}, SQLite {SQLITE_VERSION})"
@@ -3085,6 +3169,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if command == "check":
         return check(settings["db"])
     logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format=_log_format())
+    logging.getLogger().handlers[0].addFilter(log_limit(time.monotonic))
+    with contextlib.suppress(ImportError, OSError, ValueError):  # a descriptor for each connection, where that is allowed
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2 * MAX_CONNECTIONS, hard)), hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until `serve` takes over; process 1 would ignore it
     # At each statement the writer waits for the GIL, up to one switch interval; 5 ms, the default, would be all its time.
     sys.setswitchinterval(0.00005)

@@ -2,7 +2,8 @@
 §6 Reference, §7 Page, §8 API, §9 Server, §10 Client, and the whole program as a process. pytest and the standard library;
 no plugins, no mocks of our own store.
 
-Environment: KILL_ROUNDS, CRASH_ROUNDS, MODEL_SEEDS, MODEL_STEPS and FUZZ_REQUESTS make the random tests longer.
+Environment: KILL_ROUNDS, CRASH_ROUNDS, MODEL_SEEDS, MODEL_STEPS, FUZZ_REQUESTS, DAMAGE_ROUNDS, DISK_FULL_ROUNDS and
+SOAK_MINUTES make the random tests longer.
 """
 import ast
 import asyncio
@@ -84,10 +85,10 @@ def test_only_the_standard_library_is_imported():
     imported |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     at_once = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
     lazily = imported - at_once - {"hashlib", "collections", "typing"}  # where they are needed, and nowhere else
-    assert lazily == {"hmac", "socket", "ssl"}
+    assert lazily == {"hmac", "resource", "socket", "ssl"}
     assert imported == {"argparse", "asyncio", "bisect", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
                         "contextlib", "gc", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time",
-                        "typing", "zlib", "hmac", "socket", "ssl"}
+                        "typing", "zlib", "hmac", "resource", "socket", "ssl"}
     assert "dependencies = []" in SOURCE
 
 
@@ -606,6 +607,18 @@ def test_the_writer_uses_full_sync_unless_told_otherwise(tmp_path):
             assert opened._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_a_probe_writes_as_much_as_a_small_commit_and_leaves_nothing(store):
+    sizes = []
+    for write in (lambda: store.commit([event(1)], NOW), store.probe, store.probe):
+        sizes.append(os.path.getsize(store.path + "-wal"))
+        write()
+    sizes.append(os.path.getsize(store.path + "-wal"))
+    commit, *probes = [after - before for before, after in zip(sizes, sizes[1:])]
+    assert min(probes) >= commit > 0
+    store.close()
+    assert sound(store.path) == []
+
+
 def test_more_rows_than_sqlite_has_variables_for_are_split(store, monkeypatch):
     monkeypatch.setattr(aggregator, "_MAX_VARIABLES", 999)  # SQLite before 3.32
     batch = [event(i) for i in range(1500)]
@@ -904,6 +917,99 @@ def test_ten_thousand_batches_leave_the_wal_bounded(tmp_path):
         assert os.path.getsize(opened.path + "-wal") < (aggregator.CHECKPOINT_PAGES + 500) * 4200
 
 
+@pytest.mark.parametrize("end", ["", "-owner", "-shm", "-wal"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_store_whose_file_is_moved_or_replaced_takes_nothing_until_the_same_file_is_back(store, end, replaced):
+    path = store.path + end
+    store.commit([event(1)], NOW)
+    os.rename(path, path + ".away")
+    if replaced:
+        shutil.copy(path + ".away", path)
+    for act in (lambda: store.commit([event(2)], NOW), store.probe):
+        with pytest.raises(aggregator.StoreFailed, match=re.escape(path) + " was deleted, moved or replaced"):
+            act()
+    os.replace(path + ".away", path)
+    assert kinds(store.commit([event(2), event(1)], NOW), 2) == ["new", "duplicate"]
+    store.close()
+    assert sound(store.path) == []
+
+
+def test_a_clock_that_is_set_back_an_hour_stops_neither_duplicates_nor_retention(tmp_path):
+    hour, path = 3_600_000_000, str(tmp_path / "s.db")
+    with contextlib.closing(aggregator.Store(path, retention_us=hour)) as opened, \
+            contextlib.closing(aggregator.Reader(path)) as reader:
+        opened.commit([event(1)], NOW + hour)  # the clock is an hour ahead
+        opened.commit([event(2)], NOW)  # and set right
+        [(_, verdict)] = opened.commit([event(1)], NOW + 1).repeats
+        assert verdict == aggregator.Verdict("duplicate", 1, NOW + hour, "recent")
+        assert not opened.tidy(NOW + hour) and reader.stats()["stored"] == 2
+        while opened.tidy(NOW + hour + 1):  # the second has expired, and the first came before it
+            pass
+        stats = reader.stats()
+        assert stats["stored"] == 0 and stats["duplicate_delay_seconds"]["1"] == 1  # its delay was negative
+        assert kinds(opened.commit([event(1), event(2)], NOW), 2) == ["duplicate"] * 2
+    assert sound(path) == []
+
+
+def test_a_foreign_reader_makes_the_wal_grow_and_is_warned_of_until_it_ends(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(aggregator, "WAL_WARN_BYTES", 1_000_000)
+    monkeypatch.setattr(aggregator, "CHECKPOINT_PAGES", 50)
+
+    def grow(opened, start):
+        for i in range(start, start + 100):
+            opened.commit([event(i, payload='{"x":"%s"}' % ("y" * 20_000))], NOW)
+        return os.path.getsize(opened.path + "-wal")
+    with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"), False)) as opened:
+        assert grow(opened, 0) < 1_000_000 and not caplog.records
+        with contextlib.closing(sqlite3.connect(opened.path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM stats").fetchall()
+            large = grow(opened, 100)
+        assert large > 2_000_000
+        assert 1 <= len(caplog.records) <= 3 and all("WAL GROWS" in each.getMessage() for each in caplog.records)
+        assert grow(opened, 200) < large * 1.1  # it starts over
+    assert sound(tmp_path / "s.db") == []
+
+
+def test_a_damaged_file_is_refused_or_fails_with_a_reason_and_nothing_else(tmp_path, small_index):
+    seed = int(os.environ.get("FUZZ_SEED") or random.randrange(2 ** 32))
+    rng, path, refused, failed = random.Random(seed), str(tmp_path / "s.db"), 0, 0
+    with contextlib.closing(aggregator.Store(path)) as opened:
+        for i in range(0, 1500, 50):
+            opened.commit([event(k, "ab"[k % 2], timestamp=NOW + k) for k in range(i, i + 50)], NOW + i)
+    with open(path, "rb") as file:
+        whole = file.read()
+    for number in range(int(os.environ.get("DAMAGE_ROUNDS", "60"))):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 5, 50))):
+            at, size = rng.randrange(100, len(data)), rng.choice((1, 8, 100, 4096))
+            data[at:at + size] = rng.choice((b"\0" * size, rng.getrandbits(8 * size).to_bytes(size, "big")))
+        with open(path, "wb") as file:
+            file.write(data[:len(whole)])
+        try:
+            opened = aggregator.Store(path, False, rng.choice((0, 300)), rng.choice((0, 1000)))
+        except aggregator.StoreError as error:
+            assert "damaged" in str(error) or "schema" in str(error) or "not an" in str(error), str(error)
+            refused += 1
+            continue
+        with contextlib.closing(opened), contextlib.closing(aggregator.Reader(path)) as reader:
+            for act, *arguments in (
+                    (opened.commit, [event(i, "a") for i in range(0, 3000, 7)], NOW), (opened.probe,), (reader.stats,),
+                    (opened.tidy, NOW + 2000), (opened.locate, "a", "10"), (reader.page, aggregator.EventQuery("a")),
+                    (reader.event, 20), (reader.page, aggregator.EventQuery(source="s", descending=True))):
+                try:
+                    act(*arguments)
+                except aggregator.StoreFailed as error:
+                    assert str(error)
+                    failed += 1
+                except BaseException:
+                    print("seed", seed, "number", number)
+                    raise
+        with contextlib.suppress(aggregator.StoreError):
+            assert all(sentence for _, sentence in aggregator.check_store(path))
+    assert refused + failed
+
+
 # ======================================================================================================================
 # §4  Pipeline
 # ======================================================================================================================
@@ -1086,6 +1192,25 @@ def test_small_groups_are_logged_event_by_event_and_large_ones_in_a_line(tmp_pat
                          "DUPLICATE DROPPED - topic: t, event_id: 1, source: s"]
     assert lines[2].startswith("CONFLICT - topic: t, event_id: 1, source: other") and "seq 1" in lines[2]
     assert lines[4:] == ["GROUP COMMITTED - events: 50, processed: 49, duplicates dropped: 1"]
+
+
+def test_the_last_duplicates_are_kept_without_their_payloads(tmp_path):
+    async def body(pipeline):
+        large = plain(1)._replace(payload='{"x":"%s"}' % ("y" * 1_000_000))
+        for _ in range(4):
+            await pipeline.publish([large], 1_000_000)
+        assert [len(each.payload) for each, _, _ in pipeline.duplicates] == [0] * 3
+    in_pipeline(tmp_path, body)
+
+
+def test_nobody_waits_for_a_consumer_that_has_ended(tmp_path, monkeypatch):
+    async def body(pipeline):
+        pipeline._tasks[0].cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(aggregator.Stopping):
+            await pipeline.publish([plain(1)], 1)
+        assert "consumer has ended" in await pipeline.health()
+    in_pipeline(tmp_path, body)
 
 
 # ======================================================================================================================
@@ -1291,6 +1416,26 @@ def test_a_bad_request_is_refused_alike_however_it_arrives_and_so_is_what_follow
     for pieces in itertools.chain(feeds(raw), feeds(raw + NEXT)):
         assert outcome(pieces) == ([], problem)
     assert outcome([NEXT + raw]) == outcome([NEXT, raw]) == ([NEXT_SEEN], problem)
+
+
+TOKEN = set(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+TEXT = {9} | set(range(32, 127)) | set(range(128, 256))
+
+
+@pytest.mark.parametrize("before, after, taken", [
+    (b"G", b"T / HTTP/1.1" + TAIL, set(b"E")), (GET + b"A", b"B: c\r\n\r\n", TOKEN | set(b":")),
+    (GET, b": c\r\n\r\n", TOKEN), (GET + b"A: b", b"c\r\n\r\n", TEXT), (GET + b"A:", b"\r\n\r\n", TEXT),
+    (b"GET /a", b"b HTTP/1.1" + TAIL, set(range(33, 127)) - set(b"#%")),
+    (b"GET /?a=", b"b HTTP/1.1" + TAIL, set(range(33, 127)) - set(b"#%")),
+    (CHUNKED + b"5;a", b"b\r\nhello\r\n0\r\n\r\n", TEXT), (CHUNKED + b"0\r\nA: b", b"c\r\n\r\n", TEXT),
+    (CHUNKED + b"0\r\nA", b"B: c\r\n\r\n", TOKEN | set(b":"))], ids=lambda value: ascii(value)[:40])
+def test_every_byte_in_every_place_is_taken_or_refused_as_the_grammar_says(before, after, taken):
+    for byte in range(256):
+        raw = before + bytes([byte]) + after
+        expected = None if byte in taken else "bad-request"
+        if before == b"G" and byte in TOKEN - taken:
+            expected = "not-implemented"
+        assert outcome([raw])[1] == outcome([raw[i:i + 1] for i in range(len(raw))])[1] == expected, byte
 
 
 def test_a_parser_that_refused_must_not_be_asked_again():
@@ -2426,6 +2571,107 @@ def test_followers_that_wait_for_the_same_share_one_look_into_the_store(desk):
     assert len(set(found)) == 1 and found[0].count(b"\n") == 2 and len(looks) == 2
 
 
+def test_a_refused_write_is_logged_with_peer_and_reason_and_a_refused_read_is_not(desk, caplog):
+    hostile = "%0d%0a%1b%5b31m%7f%c2%85"
+    for method, target, body in (("POST", "/publish", b"?"), ("PUT", f"/events/t/{hostile}", b"{}"),
+                                 ("PATCH", "/" + hostile, b""), ("GET", "/" + hostile, b"")):
+        assert desk.ask(method, target, body, peer="192.0.2.9").status >= 400
+    logged = [each.getMessage() for each in caplog.records]
+    assert [re.match(r"REFUSED ([0-9]+) - 192\.0\.2\.9, ([A-Z]+) ", each).groups() for each in logged] == [
+        ("400", "POST"), ("422", "PUT"), ("404", "PATCH")]
+    assert all(each.isascii() and each.isprintable() for each in logged)
+
+
+STRANGE = [None, True, -1, 0.5, 2 ** 63, 10 ** 400, float("nan"), float("-inf"), "", " ", "\0", "\x7f", "\ud800", "é😀\u2028",
+           "%", "*", "a/b", "x" * 300, [], {}, [[]], {"": {"a": [1]}}, {"é": "\ud83d"}, "1h", "9" * 30, "2026-02-30",
+           "0001-01-01"]
+
+
+def strange_event(rng):
+    value = sample("%x" % rng.getrandbits(rng.choice((3, 30))), payload={"n": rng.randrange(3)})
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        name = rng.choice(list(value) + ["sequence", "events"])
+        if rng.random() < 0.2:
+            value.pop(name, None)
+        else:
+            value[name] = rng.choice(STRANGE)
+    return value
+
+
+def strange_request(rng):
+    """Bytes of a request that is valid but for some things."""
+    route = rng.choice(aggregator.ROUTES)
+    texts = [str(value) for value in STRANGE if value != "\ud800"] + [
+        "0", "1", "5", "1000", "true", "asc", "desc", "a1.1", "d-5.99", "2026-01-01", "10m", "t", "t*", "s", "1-3"]
+    target = re.sub(r"{\w+}", lambda _: quote(rng.choice(texts + ["1", "t"] * 9), safe=rng.choice(("", "/"))), route.path)
+    named = [(rng.choice(route.parameters) if route.parameters and rng.random() < 0.95 else "strange",
+              quote(rng.choice(texts).encode())) for _ in range(rng.choice((0, 0, 1, 2)))]
+    target += "?" * bool(named) + "&".join("=".join(each) for each in named)
+    values = [strange_event(rng) for _ in range(rng.choice((1, 1, 2, 5)))]
+    body = rng.choice((lambda: json.dumps(values), lambda: json.dumps(values[0]), lambda: json.dumps({"events": values}),
+                       lambda: "\n".join(map(json.dumps, values)), lambda: "a\n\0b\n\ud7ff", lambda: ""))().encode()
+    if rng.random() < 0.3:
+        at = rng.randrange(len(body) + 1)
+        bits = (b"\0", b"\xff", b"\xed\xa0\x80", b"[", b"{" * 2000, b"1" * 5000, b'"', b"\\ud800", b",")
+        body = body[:at] + rng.choice(bits) + body[at + rng.choice((0, 1, 9)):]
+    fields = rng.sample([b"Accept: application/x-ndjson", b"Accept: text/html", b"Accept: \xff,;", b"Content-Type: text/plain",
+                         b"Idempotency-Key: k\xe9", b"Idempotency-Key: " + b"k" * 300, b"Connection: close",
+                         b"Expect: 100-continue", b"Content-Encoding: gzip", b"Last-Event-ID: -1", b"Origin: null"],
+                        rng.choice((0, 1, 2)))
+    if b"Content-Encoding: gzip" in fields and rng.random() < 0.9:
+        body = gzip.compress(body, 1)
+    method = rng.choice([route.method.encode()] * 9 + [b"HEAD", b"OPTIONS", b"DELETE", b"TRACE"])
+    head = b"%b %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % (method, target.encode(), len(body))
+    raw = head + b"".join(field + b"\r\n" for field in fields) + b"\r\n" + body
+    if rng.random() < 0.1:
+        at = rng.randrange(len(raw))
+        raw = raw[:at] + bytes([rng.randrange(256)]) + raw[at + rng.choice((0, 1)):]
+    return raw
+
+
+def test_nothing_that_a_client_sends_is_answered_with_a_server_error(make_desk):
+    seed = int(os.environ.get("FUZZ_SEED") or random.randrange(2 ** 32))
+    count = int(os.environ.get("FUZZ_REQUESTS", "3000"))
+    rng, desk, statuses = random.Random(seed), make_desk(full_sync=False, max_per_topic=50), {}
+
+    async def ask(raw):
+        parser = aggregator.RequestParser()
+        parser.feed(raw)
+        try:
+            request = parser.next_request()
+        except aggregator.HTTPError:
+            return
+        if request is None:
+            return
+        response = await desk.api.answer(request, "192.0.2.7")
+        body = response.body
+        if not isinstance(body, bytes):
+            pieces = [] if "follow" in request.head.query else [piece async for piece in body]
+            body = b"[" + b",".join(b"".join(pieces).splitlines()) + b"]"
+        problem = b"/docs#queue-full" in body
+        statuses[response.status] = statuses.get(response.status, 0) + 1
+        assert aggregator.encode_response(response._replace(body=b""), DATE, True).isascii()
+        assert response.status < 500 or problem, body
+        if "json" in response.content_type and response.status != 204:
+            json.loads(body.decode("utf-8"), parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+
+    async def ask_all(requests):
+        found = await asyncio.gather(*map(ask, requests), return_exceptions=True)
+        for raw, error in zip(requests, found):
+            if error is not None:
+                print("seed", seed, "request", raw)
+                raise error
+    logging.disable(logging.CRITICAL)
+    try:
+        for _ in range(0, count, 50):
+            desk.loop.run_until_complete(ask_all([strange_request(rng) for _ in range(50)]))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert {200, 202, 400, 404, 405, 422} <= set(statuses)
+    for row in desk.ask("GET", "/events", headers=("Accept: application/x-ndjson",)).body.splitlines():
+        json.loads(row)
+
+
 # ======================================================================================================================
 # §9 Server: real sockets, and clients that know nothing of ours
 # ======================================================================================================================
@@ -2548,7 +2794,7 @@ def answers(raw):
 
 
 def http_request(method, target, body=b"", *fields):
-    head = [f"{method} {target} HTTP/1.1", "Host: x"] + list(fields)
+    head = [f"{method} {target} HTTP/1.1", "Host: localhost"] + list(fields)
     if body and not any(field.lower().startswith(("content-length", "transfer-encoding")) for field in fields):
         head.append(f"Content-Length: {len(body)}")
     return "\r\n".join(head + ["", ""]).encode() + body
@@ -2685,14 +2931,14 @@ def test_a_slow_client_meets_a_deadline_that_it_cannot_renew(open_site, start, t
 
 
 def test_a_client_that_does_not_read_is_dropped_and_others_are_served_meanwhile(open_site):
-    site = open_site({"WRITE_TIMEOUT_S": 0.7, "LINGER_TIMEOUT_S": 0.3})
+    site = open_site({"WRITE_TIMEOUT_S": 0.4, "LINGER_TIMEOUT_S": 0.3})
     for n in range(6):
         fetch(site.port, "POST", "/publish", [sample(f"{n}-{i}", payload={"x": "y" * 250_000}) for i in range(8)])
     asks = [http_request("GET", "/events", b"", field) for field in ("Accept: */*", "Accept: application/x-ndjson")]
     socks = [dial(site.port, ask * 3, receive_bytes=4096) for ask in asks]
     try:
         began = time.monotonic()
-        while time.monotonic() - began < 2:
+        while time.monotonic() - began < 1:
             asked = time.monotonic()
             assert fetch(site.port, "GET", "/health").status == 200 and time.monotonic() - asked < 1
             time.sleep(0.05)
@@ -2709,7 +2955,11 @@ def test_a_small_answer_that_is_not_read_does_not_hold_its_connection_for_ever(o
     fetch(site.port, "PUT", "/events/t/1", {"x": "y" * 60_000})
     site.server._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted sockets inherit it
     with contextlib.closing(dial(site.port, http_request("GET", "/events/t/1"), receive_bytes=2048)) as sock:
-        time.sleep(1.5)
+        deadline = time.monotonic() + 5
+        while len(site.server._connections) < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        while site.server._connections and time.monotonic() < deadline:
+            time.sleep(0.01)
         with contextlib.suppress(ConnectionError):
             assert len(read_all(sock)) < 60_000
 
@@ -2823,6 +3073,96 @@ def test_a_stop_ends_the_live_tails_at_once_and_whole(open_site):
         assert piece
         data += piece
     follower.close()
+
+
+def test_a_client_that_half_closes_in_the_middle_is_told_so_and_nothing_of_it_is_stored(site):
+    event = json.dumps(sample()).encode()
+    sized = http_request("POST", "/publish", event)
+    chunked = http_request("POST", "/publish", b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event), "Transfer-Encoding: chunked")
+    for data in (b"G", sized[:20], sized[:-len(event)], sized[:-1], chunked[:-1], chunked[:-2], chunked[:-4], chunked[:-5],
+                 chunked[:-7], chunked[:-7 - len(event)], HEALTH[:-1], HEALTH[:-2]):
+        assert [each.status for each in exchange(site.port, data, half_close=True)] == [400], data
+        assert [each.status for each in exchange(site.port, HEALTH + data, half_close=True)] == [200, 400], data
+    assert json.loads(fetch(site.port, "GET", "/stats").body)["received"] == 0
+
+
+def held(site):
+    return sum(each.held for each in list(site.server._connections))
+
+
+def test_bodies_on_their_way_are_bounded_together_and_the_slowest_makes_room(open_site, caplog):
+    site = open_site({"BUFFERS_MAX_BYTES": 1_000_000, "LINGER_TIMEOUT_S": 0.2}, max_body_bytes=400_000)
+    start = http_request("POST", "/publish", b"", "Content-Length: 399999") + b"[" + b" " * 349_000
+    socks = []
+    try:
+        for n in range(5):
+            socks.append(dial(site.port, start))
+            deadline = time.monotonic() + 5
+            while held(site) < min(n + 1, 2) * 280_000 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert fetch(site.port, "PUT", f"/events/small/{n}", b"{}").status == 201
+            assert 280_000 < held(site) <= 1_000_000
+        refused = [answers(read_all(sock)) for sock in socks[:2]]
+        assert [(each.status, each.json["type"]) for [each] in refused] == [(503, "/docs#overloaded")] * 2
+        socks[-1].sendall(b" " * (399_999 - 349_001 - 1) + b"]")
+        assert socks[-1].recv(12) == b"HTTP/1.1 422"  # the list is empty, but it is there, all of it
+    finally:
+        for sock in socks:
+            sock.close()
+    deadline = time.monotonic() + 5
+    while held(site) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert held(site) == 0 and [each for each in caplog.messages if each.startswith("REFUSED 503 - 127.0.0.1: too much")]
+
+
+def test_answers_that_are_not_read_are_bounded_together(open_site, caplog):
+    site = open_site({"BUFFERS_MAX_BYTES": 5_000_000, "LINGER_TIMEOUT_S": 0.2}, max_body_bytes=2_000_000)
+    fetch(site.port, "POST", "/publish", [sample(str(n), payload={"x": "y" * 150_000}) for n in range(10)])
+    asks = [http_request("GET", "/events", b"", field) for field in ("Accept: */*", "Accept: application/x-ndjson")]
+    site.server._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted sockets inherit it
+    socks = []
+    try:
+        for n in range(8):
+            socks.append(dial(site.port, asks[n % 2] * 2, receive_bytes=4096))
+            time.sleep(0.03)
+            assert held(site) <= 5_000_000
+        with contextlib.suppress(ConnectionError):
+            assert len(read_all(socks[0])) < 1_500_000
+        assert fetch(site.port, "GET", "/events").json["count"] == 10
+    finally:
+        for sock in socks:
+            sock.close()
+    assert "CUT OFF - 127.0.0.1" in caplog.text
+
+
+def test_beyond_the_connections_that_are_told_so_any_more_are_just_closed(open_site):
+    site = open_site({"REFUSALS_AT_ONCE": 3, "LINGER_TIMEOUT_S": 0.5}, max_connections=2)
+    socks = [dial(site.port) for _ in range(12)]
+    try:
+        found = []
+        for sock in socks[2:]:
+            with contextlib.suppress(ConnectionError):
+                found.append(read_all(sock))
+        assert len([each for each in found if each.startswith(b"HTTP/1.1 503")]) == 3
+        assert len([each for each in found if not each]) == 7
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_what_is_refused_before_it_is_a_request_is_logged_with_peer_and_reason(site, caplog):
+    for data in (b"G\x1b[2J / HTTP/1.1\r\n\r\n", b"GET /\x00\r\n\r\n", http_request("BREW", "/"), http_request("GET", "/%"),
+                 http_request("GET", "/?a%1b=1&a%1b=2"), http_request("GET", "/", b"", "Expect: \x07")):
+        assert exchange(site.port, data)[0].status >= 400
+    assert len(caplog.records) == 6
+    for message in caplog.messages:
+        assert re.match(r"REFUSED [45][0-9]{2} - 127\.0\.0\.1: .{10}", message) and message.isprintable() and message.isascii()
+
+
+def test_the_date_follows_a_clock_that_is_set_back():
+    instants = iter([7200.5, 7200.9, 3600.2])
+    server = aggregator.Server(aggregator.API(None, lambda: NOW, str, {}), lambda: next(instants))
+    assert [server._now()[17:25] for _ in range(3)] == ["02:00:00", "02:00:00", "01:00:00"]
 
 
 # ======================================================================================================================
@@ -3297,3 +3637,355 @@ def exercise_3_a_new_id_is_seldom_looked_up_among_the_tombstones(tmp_path, small
         assert len(asked) <= 10
         assert [len(opened.commit([event(n)], NOW).repeats) for n in (0, 500, 999, 2000)] == [1, 1, 1, 0]
     assert sound(path) == []
+
+
+def test_a_flood_of_warnings_is_logged_as_some_lines_and_a_number():
+    now, written, handler = [0.0], [], logging.Handler()
+    handler.emit = lambda record: written.append(record.getMessage())
+    handler.addFilter(aggregator.log_limit(lambda: now[0]))
+    aggregator.log.addHandler(handler)
+    aggregator.log.setLevel(logging.INFO)
+    try:
+        for _ in range(1_234):
+            aggregator.log.warning("CONFLICT - topic: %s", "t")
+            aggregator.log.info("EVENT PROCESSED - topic: %s", "t")
+        assert written.count("EVENT PROCESSED - topic: t") == 1_234
+        assert [each for each in written if "CONFLICT" in each] == ["CONFLICT - topic: t"] * aggregator.LOG_LINES
+        now[0] += aggregator.LOG_PERIOD_S
+        aggregator.log.error("COMMIT FAILED - %s", "why")
+        assert written[-2:] == [f"… and {1_234 - aggregator.LOG_LINES:,} more like it: CONFLICT", "COMMIT FAILED - why"]
+    finally:
+        aggregator.log.removeHandler(handler)
+        aggregator.log.setLevel(logging.NOTSET)
+
+
+def memory_mb(pid, what="VmHWM"):
+    with open(f"/proc/{pid}/status") as file:
+        return int(re.search(what + r":\s+([0-9]+) kB", file.read())[1]) / 1024
+
+
+def descriptors(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc to look into")
+
+
+@contextlib.contextmanager
+def many_descriptors(count):
+    """Lets this process open `count` files, or skips the test."""
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limits[1] < count:
+        pytest.skip(f"no process here may open {count} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(count, limits[0]), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@needs_linux
+def test_500_slow_clients_do_not_slow_a_publisher(tmp_path):
+    body = http_request("POST", "/publish", b"", "Content-Length: 3999999") + b" " * 2000
+    ask = http_request("GET", "/events", b"", "Accept: application/x-ndjson")
+    with many_descriptors(600), Program(tmp_path / "slow.db") as program:
+        fetch(program.port, "POST", "/publish", [sample(f"{n}", payload={"x": "y" * 20_000}) for n in range(150)])
+        connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
+        socks, figures = [], []
+        try:
+            for start, trickle in ((b"GET / HT", b"x"), (body, b" "), (b"", b""), (ask * 20, ask), (HEALTH * 50, HEALTH)):
+                socks += [(dial(program.port, start, receive_bytes=4096), trickle) for _ in range(100)]
+            for round_ in range(3):
+                taken = []
+                for n in range(150):
+                    for sock, trickle in socks[n % 50::50]:
+                        with contextlib.suppress(OSError):
+                            sock.send(trickle)
+                    began = time.monotonic()
+                    connection.request("POST", "/publish", json.dumps(sample(f"{round_}-{n}")))
+                    response = connection.getresponse()
+                    assert response.status == 202 and response.read()
+                    taken.append(time.monotonic() - began)
+                figures.append(sorted(taken)[len(taken) * 99 // 100] * 1000)
+            print("p99 of a publish beside 500 slow clients: {:.1f} ms; memory at most {:.0f} MB".format(
+                min(figures), memory_mb(program.process.pid)))
+            assert min(figures) < 50
+        finally:
+            for sock, _ in socks:
+                sock.close()
+            connection.close()
+
+
+@needs_linux
+def test_a_thousand_connections_are_held_more_are_refused_and_all_descriptors_come_back(tmp_path):
+    command = ["sh", "-c", 'ulimit -S -n 256; exec "$0" "$@"', sys.executable, PROGRAM]  # as some systems start it
+    with many_descriptors(1200), Program(tmp_path / "many.db", command=command) as program:
+        pid, socks = program.process.pid, []
+        fetch(program.port, "GET", "/events")
+        before = descriptors(pid), memory_mb(pid, "VmRSS")
+        try:
+            socks += [dial(program.port) for _ in range(aggregator.MAX_CONNECTIONS)]
+            refused = [exchange(program.port, HEALTH)[0] for _ in range(10)]
+            assert {(each.status, each.json["type"]) for each in refused} == {(503, "/docs#too-many-connections")}
+            for sock in socks[::100]:
+                sock.sendall(HEALTH)
+                assert sock.recv(12) == b"HTTP/1.1 200"
+            print("1000 idle connections take {:.1f} MB".format(memory_mb(pid, "VmRSS") - before[1]))
+            assert descriptors(pid) >= 1000 and memory_mb(pid) < before[1] + 50
+        finally:
+            for sock in socks:
+                sock.close()
+        deadline = time.monotonic() + 10
+        while descriptors(pid) > before[0] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert descriptors(pid) <= before[0] and fetch(program.port, "GET", "/health").status == 200
+        assert program.end() == 0 and "Traceback" not in program.read_log()
+        assert program.read_log().count("REFUSED 503") <= aggregator.LOG_LINES
+
+
+@needs_linux
+def test_without_descriptors_it_waits_quietly_and_goes_on_when_some_come_back(tmp_path):
+    command = ["sh", "-c", 'ulimit -n 64; exec "$0" "$@"', sys.executable, PROGRAM]
+    with Program(tmp_path / "few.db", command=command) as program:
+        def cpu_ticks():
+            with open(f"/proc/{program.process.pid}/stat") as file:
+                return sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+        held = dial(program.port, HEALTH)
+        socks = [dial(program.port) for _ in range(100)]
+        try:
+            time.sleep(0.2)
+            before = cpu_ticks()
+            time.sleep(1.5)
+            assert (cpu_ticks() - before) / os.sysconf("SC_CLK_TCK") < 0.5
+            held.sendall(http_request("PUT", "/events/t/1", b"{}"))  # who has a connection is served
+            time.sleep(0.1)
+            assert [each.status for each in answers(held.recv(65536))] == [200, 201]
+        finally:
+            for sock in socks + [held]:
+                sock.close()
+        assert fetch(program.port, "GET", "/events/t/1").status == 200
+        log = program.read_log()
+        assert log.count("NO CONNECTION TAKEN") == 1 and "ulimit" in log and "Traceback" not in log
+        assert program.end() == 0
+
+
+@needs_linux
+def test_half_sent_bodies_of_many_connections_do_not_fill_the_memory(tmp_path):
+    start = http_request("POST", "/publish", b"", "Content-Length: 4000000")
+    with Program(tmp_path / "large.db") as program:
+        socks, piece = [], b" " * 65536
+        try:
+            for _ in range(200):
+                socks.append(dial(program.port, start))
+                with contextlib.suppress(OSError):  # those that were refused meanwhile
+                    for _ in range(30):
+                        socks[-1].sendall(piece)
+            assert fetch(program.port, "POST", "/publish", sample()).status == 202
+            print("200 connections with 2 MB of their bodies sent: {:.0f} MB at most".format(memory_mb(program.process.pid)))
+            assert memory_mb(program.process.pid) < 32 + 3 * aggregator.BUFFERS_MAX_BYTES / 2 ** 20
+        finally:
+            for sock in socks:
+                sock.close()
+
+
+def refuse_writes(program, how, folder):
+    """Take the space away from a running service; returns what gives it back."""
+    if how == "full disk":
+        with open(os.path.join(folder, "ballast"), "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(b"x" * 4096)
+        return lambda: os.unlink(os.path.join(folder, "ballast"))
+    import resource
+    size = os.path.getsize(program.db + "-wal") + 50_000
+    resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    return lambda: resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+@needs_linux
+@pytest.mark.parametrize("how", ["file size limit", "full disk"])
+def test_a_full_disk_is_503_keeps_what_was_acknowledged_and_recovers_by_itself(tmp_path, how):
+    folder, acknowledged, sent = str(tmp_path), [], itertools.count()
+    if how == "full disk":
+        mounted = os.geteuid() == 0 and shutil.which("mount") and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], stderr=subprocess.DEVNULL).returncode == 0
+        if not mounted:
+            pytest.skip("only root may mount a small disk to fill")
+    try:
+        with Program(os.path.join(folder, "full.db")) as program:
+            def publish(size=30_000):
+                event = sample(str(next(sent)), payload={"x": "y" * size})
+                answer = fetch(program.port, "POST", "/publish", event)
+                if answer.status == 202:
+                    acknowledged.append(event)
+                return answer
+            for _ in range(int(os.environ.get("DISK_FULL_ROUNDS", "2"))):
+                assert publish().status == 202
+                give_back = refuse_writes(program, how, folder)
+                for size in (30_000, 0):  # until not even a small one fits
+                    answer = next(each for each in (publish(size) for _ in range(300)) if each.status != 202)
+                    assert (answer.status, answer.json["type"]) == (503, "/docs#store-unavailable") and answer.json["detail"]
+                assert fetch(program.port, "GET", "/health").status == 503
+                assert fetch(program.port, "GET", "/events").status == 200
+                give_back()
+                assert fetch(program.port, "GET", "/health").status == 200
+                assert publish().status == 202
+            assert "COMMIT FAILED" in program.read_log() and "Traceback" not in program.read_log()
+            assert fetch(program.port, "POST", "/publish", acknowledged[-100:]).json["unique"] == 0
+            stats = fetch(program.port, "GET", "/stats").json
+            assert stats["unique_processed"] == len(acknowledged) and stats["current_queue_size"] == 0
+            assert program.end() == 0
+        assert_sound(program.db)
+    finally:
+        if how == "full disk":
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def with_changes(text):
+    """A command that runs the program after changing it by `text`."""
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {os.path.dirname(PROGRAM)!r})\nimport aggregator\n{text}\n"
+            "sys.exit(aggregator.main())"]
+
+
+def test_a_lock_of_another_program_is_waited_for_and_then_503(tmp_path):
+    impatient = with_changes("connect = aggregator._connect\n"
+                             "aggregator._connect = lambda path, **options: connect(path, **{**options, 'timeout': 0.8})")
+    holder = ("import sqlite3, sys, time\ndb = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+              "db.execute('BEGIN EXCLUSIVE')\nprint('held', flush=True)\ntime.sleep(float(sys.argv[2]))")
+    with Program(tmp_path / "locked.db", command=impatient) as program:
+        for event_id, held_s, expected in (("1", 0.4, [202]), ("2", 1.2, [503, 202])):
+            other = subprocess.Popen([sys.executable, "-c", holder, program.db, str(held_s)], stdout=subprocess.PIPE)
+            assert other.stdout.readline() == b"held\n"
+            began = time.monotonic()
+            for status in expected:
+                answer = fetch(program.port, "POST", "/publish", sample(event_id))
+                assert answer.status == status and (status == 202 or "locked" in answer.json["detail"])
+            assert time.monotonic() - began > held_s - 0.2
+            assert other.wait(10) == 0
+            other.stdout.close()
+        assert fetch(program.port, "GET", "/stats").json["received"] == 2
+        assert program.end() == 0
+
+
+def test_a_file_that_is_deleted_or_moved_under_the_service_is_503_until_it_is_back(tmp_path):
+    with Program(tmp_path / "moved.db") as program:
+        assert fetch(program.port, "POST", "/publish", sample("1")).status == 202
+        os.rename(program.db, program.db + ".away")
+        for method, target, body in (("POST", "/publish", sample("2")), ("GET", "/health", None)):
+            answer = fetch(program.port, method, target, body)
+            assert answer.status == 503 and "deleted, moved or replaced" in answer.json["detail"]
+        assert fetch(program.port, "GET", "/events").json["count"] == 1  # it can still be read, and saved
+        os.rename(program.db + ".away", program.db)
+        assert fetch(program.port, "GET", "/health").status == 200
+        assert fetch(program.port, "POST", "/publish", [sample("1"), sample("2")]).json["duplicates"] == 1
+        os.unlink(program.db)
+        assert fetch(program.port, "POST", "/publish", sample("3")).status == 503
+        assert program.end() == 0 and "Traceback" not in program.read_log()
+
+
+def test_sigterm_at_any_moment_of_the_start_leaves_a_sound_store_or_none(tmp_path):
+    for n in range(6):
+        db = str(tmp_path / f"{n}.db")
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--db", db], stderr=subprocess.PIPE, text=True,
+                                   env=clean_environment())
+        time.sleep(0.06 * (n + 1))
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=10)
+        assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in log
+        with contextlib.closing(aggregator.Store(db)) as opened:
+            opened.commit([event(1)], NOW)
+        assert sound(db) == []
+
+
+def test_sigterm_with_clients_in_every_phase_ends_the_program_in_time(tmp_path):
+    quick = with_changes("aggregator.STOP_REQUESTS_S = 0.7")
+    publishers = [Publisher(n) for n in range(4)]
+    phases = [b"", b"GET / HT", HEALTH, HEALTH * 500, http_request("POST", "/publish", b"", "Content-Length: 99") + b"{",
+              http_request("POST", "/publish", b"5\r\n", "Transfer-Encoding: chunked"), b"?\r\n\r\n",
+              http_request("POST", "/publish", b"", "Content-Length: 999", "Expect: 100-continue"),
+              http_request("GET", "/events", b"", "Accept: application/x-ndjson") * 30]
+    with Program(tmp_path / "phases.db", command=quick) as program:
+        fetch(program.port, "POST", "/publish", [sample(f"{n}", payload={"x": "y" * 30_000}) for n in range(100)])
+        for each in publishers:
+            each.begin(program.port)
+        socks = [dial(program.port, data, receive_bytes=4096) for data in phases]
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert program.end() == 0 and time.monotonic() - began < 5
+        for each in publishers:
+            each.over = True
+            each.join(20)
+        for sock in socks:
+            sock.close()
+        assert "Traceback" not in program.read_log() and "STOPPED" in program.read_log()
+    assert set().union(*[each.acknowledged for each in publishers]) <= set(stored_ids(program.db))
+    assert_sound(program.db)
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK_MINUTES"), reason="SOAK_MINUTES says for how long; 20 is a good measure")
+@needs_linux
+def test_after_a_long_mixed_load_memory_and_file_are_flat_and_the_books_balance(tmp_path):
+    """Publishing (single, batches, repeats, conflicts), reading, streams (quick and slow), with retention."""
+    duration_s, failures, over = float(os.environ["SOAK_MINUTES"]) * 60, [], threading.Event()
+
+    def repeat(work, seed):
+        rng = random.Random(seed)
+
+        def run():
+            while not over.is_set():
+                try:
+                    work(rng)
+                except Exception as error:
+                    failures.append(repr(error))
+                    over.set()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+    with Program(tmp_path / "soak.db", "--max-events-per-topic", "2000", "--retention", "60s",
+                 "--dedup-retention", "90s") as program:
+        pid, port = program.process.pid, program.port
+
+        def publish(rng):
+            count = rng.choice((1, 1, 1, 10, 200))
+            batch = [sample("%x" % rng.getrandbits(rng.choice((8, 60))), topic=f"t{rng.randrange(10)}",
+                            payload={"n": int(rng.random() < 0.01), "x": "y" * rng.choice((0, 100, 3000))}) for _ in range(count)]
+            answer = fetch(port, "POST", "/publish" + rng.choice(("", "?wait=0", "?verdicts=1")), batch)
+            assert answer.status == 202 or b"queue-full" in answer.body, answer
+
+        def read(rng):
+            target = rng.choice(("events?topic=t1", "events?source=s&limit=5", "stats", "health", "duplicates", "events/t1/1"))
+            assert fetch(port, "GET", "/" + target).status in (200, 404, 410)
+            time.sleep(0.05)
+
+        def stream(rng):
+            answer = fetch(port, "GET", "/events", headers={"Accept": "application/x-ndjson"})
+            for line in answer.body.splitlines():
+                json.loads(line)
+
+        def stream_slowly(rng):
+            ask = http_request("GET", "/events", b"", "Accept: application/x-ndjson")
+            with contextlib.closing(dial(port, ask, receive_bytes=4096)) as sock:
+                for _ in range(200):
+                    if over.is_set() or not sock.recv(20_000):
+                        break
+                    time.sleep(0.1)
+        threads = [repeat(work, n) for n, work in enumerate([publish] * 4 + [read] * 2 + [stream] + [stream_slowly] * 3)]
+        figures, began = [], time.monotonic()
+        while time.monotonic() - began < duration_s and not over.wait(duration_s / 20):
+            figures.append((memory_mb(pid, "VmRSS"), os.path.getsize(program.db) / 2 ** 20,
+                            os.path.getsize(program.db + "-wal") / 2 ** 20, descriptors(pid)))
+            print("{:6.0f} s: memory {:.1f} MB, file {:.1f} MB, WAL {:.1f} MB, {} descriptors".format(
+                time.monotonic() - began, *figures[-1]), flush=True)
+        over.set()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        stats = fetch(port, "GET", "/stats").json
+        assert stats["received"] == stats["unique_processed"] + stats["duplicate_dropped"] + stats["current_queue_size"]
+        assert stats["duplicate_dropped"] > 0 and stats["conflicts"] > 0 and stats["removed_by_retention"] > 0
+        assert program.end() == 0 and "Traceback" not in program.read_log()
+    early, late = figures[len(figures) // 3], figures[-1]
+    if duration_s >= 600:  # everything has grown to its size by then
+        assert late[0] < early[0] * 1.2 + 10 and late[1] < early[1] * 1.3 + 10 and late[3] <= early[3] + 10
+    assert max(each[2] for each in figures) < 100
+    assert_sound(program.db)
