@@ -29,6 +29,13 @@ that a publisher which never retries gets everything through.
 
 A section knows only the sections its banner names. Deduplication is §3; who came for it may skip §5 to §11.
 """
+import os
+import sys
+
+# OpenSSL would come in with asyncio and hashlib and take 7 MB. Whoever wants HTTPS says so, and then it may.
+if __name__ == "__main__" and not os.environ.get("TLS_CERT") and "--tls-" not in " ".join(sys.argv):
+    sys.modules["ssl"] = sys.modules["_hashlib"] = None  # type: ignore[assignment]
+
 import argparse
 import asyncio
 import bisect
@@ -40,11 +47,9 @@ import gc
 import itertools
 import json
 import logging
-import os
 import re
 import signal
 import sqlite3
-import sys
 import time
 import zlib
 from collections import Counter, deque
@@ -677,7 +682,8 @@ def record(event: Event) -> Record:
 
 
 def _connect(path: str, timeout: float = 5.0) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS_KEPT)
+    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False,
+                           cached_statements=STATEMENTS_KEPT)
 
 
 def _value(db: sqlite3.Connection, statement: str, values: Any = ()) -> Any:

@@ -3593,6 +3593,14 @@ def test_a_service_manager_is_told_of_readiness_liveness_and_stopping(tmp_path):
         assert told[:4] == [b"READY=1"] + [b"WATCHDOG=1"] * 3 and told.count(b"STOPPING=1") == 1 and told.count(b"READY=1") == 1
 
 
+def test_openssl_is_loaded_for_tls_only():
+    for flags, loaded in ((), False), (("--tls-cert", "x"), True):
+        found = run("--version", *flags, program=(sys.executable, "-S", "-X", "importtime", PROGRAM))
+        assert found.returncode == 0 and "aggregator" in found.stdout
+        times = re.findall(r"^import time: +([0-9]+) \| +[0-9]+ \| +(?:_?ssl|_hashlib)$", found.stderr, re.M)
+        assert times and (max(map(int, times)) > 200) == loaded  # microseconds: a refusal takes few
+
+
 def test_under_journald_log_lines_leave_the_time_to_it(tmp_path):
     script = ("import os, sys; found = os.fstat(2); os.environ['JOURNAL_STREAM'] = '%d:%d' % (found.st_dev, found.st_ino);"
               " os.execv(sys.executable, [sys.executable] + sys.argv[1:])")
