@@ -136,6 +136,22 @@ BUFFERS_MAX_BYTES = 64 * 1024 * 1024  # bodies arriving and answers leaving, of 
 WAL_WARN_BYTES = 256 * 1024 * 1024  # past it, something keeps the WAL from being folded into the file
 LOG_LINES, LOG_PERIOD_S = 20, 10.0  # lines of a kind, WARNING or above, in so long: no stranger fills the disk with them
 
+MAX_LINE_BYTES = 256 * 1024  # of text that the client publishes; the rest of a longer one is another event
+READ_AHEAD_BYTES = 1024 * 1024  # of events read by the client while it waits for an answer
+PUBLISH_EVENTS = 1000  # of one request of the client
+RELAY_EVENTS = 500
+BACKOFF_S = 0.1  # the client's first pause between attempts is random below it; the bound doubles with each, up to
+BACKOFF_MAX_S = 10.0
+ANSWER_TIMEOUT_S = 30.0  # that the client waits for a byte of an answer
+TAIL_TIMEOUT_S = 3 * FOLLOW_KEEP_ALIVE_S  # the same of a live tail
+HEALTH_TIMEOUT_S = 5.0
+FILE_POLL_S = 0.2  # how often the end of a followed file is looked at
+ROTATED_QUIET_S = 1.0  # a rotated file is left when nothing came for so long: its writer goes on until it is told
+TICK_S = 0.2  # how often progress is shown on a terminal
+PROGRESS_S = 10.0  # and elsewhere
+DRILL_TOPICS = 7
+DRILL_PATIENCE_S = 20.0  # without an answer
+
 # One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457), and when
 # it is said and what to do.
 PROBLEMS: Dict[str, Tuple[int, str, str]] = {
@@ -2900,20 +2916,511 @@ class Server:
 
 
 # ======================================================================================================================
-# §10  Client: publish, relay, drill
+# §10  Client: publish, relay, drill, health
 #
-# Knows §1 and §2. Knows nothing of the service but its HTTP face.
+# A thread reads events ahead (from files as they grow, from another service's live tail), the caller's sends them. Delivery
+# is at least once: what fails is sent again until it is answered, and the identity makes the repeats harmless.
+#
+# Knows §1 and §2, and of the service its HTTP face. http.client and its kin are imported where they are used: serving must
+# not pay for them.
+#
+#   * The place, which says where a restart goes on, moves only behind what is acknowledged, or refused for good and set aside.
+#   * One request is under way at a time: order is kept. Memory is bounded by READ_AHEAD_BYTES and the longest line.
+#
+# Simpler than it might be: of the files that came and went while nobody followed, only the one read last is looked for.
 # ======================================================================================================================
+
+Item = Tuple[bytes, int, Sequence[int]]  # an event as JSON, its number (of the line; its seq), and the place behind it
+
+
+class ClientError(Exception):
+    """What keeps a command from going on; the message says why."""
+
+
+class Reply(ClientError):
+    """A status and the JSON object of the body, {} if it is none. Raised where neither time nor another event will change it."""
+
+    def __init__(self, address: Any, response: Any) -> None:
+        self.status: int = response.status
+        self.value: Dict[str, Any] = {}
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            self.value = dict(json.loads(response.read()))
+        faults = [f"{each['field']} {each['message']}" for each in self.value.get("errors", ())[:9]]
+        details = "; ".join([self.value.get("detail") or response.reason] + faults)
+        super().__init__(f"{address.geturl()}: {self.status} {details}")
+
+
+def parse_address(text: str) -> Any:
+    """A URL to its parts (urllib.parse.SplitResult); without a scheme it is http, as for curl. Raises ValueError."""
+    from urllib.parse import urlsplit
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(text if "://" in text else "http://" + text)
+        if parts.scheme in ("http", "https") and re.fullmatch('[!"$->A-~]+', text) and parts.hostname and parts.port != 0:
+            return parts
+    raise ValueError("must be an address such as http://127.0.0.1:8000 or https://example.org/logs")
+
+
+class Remote:
+    """A service seen over one connection, which is made anew whenever it breaks. For one thread at a time. `waits` is told
+    what it waits for, and "" once that is over; after `patience_s` seconds without success it raises ClientError."""
+
+    def __init__(self, address: Any, token: str = "", waits: Callable[[str], None] = lambda trouble: None,
+                 patience_s: float = float("inf"), timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        import http.client
+        kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(address.hostname, address.port, timeout=timeout_s)
+        self._address, self._waits, self._patience_s = address, waits, patience_s
+        self._fields = {"Authorization": "Bearer " + token} if token else {}
+
+    def ask(self, method: str, target: str, body: Optional[bytes] = None, stream: bool = False, **fields: str) -> Any:
+        """The Reply; for a `stream`, if it is 200, the response, to be read. A break, 408, 429 and 5xx are tried again, after a
+        random time below a bound that doubles (full jitter), and never before `Retry-After`."""
+        import http.client
+        import random
+        began, attempt, trouble = time.monotonic(), 0, ""
+        named = {**self._fields, **{name.replace("_", "-"): value for name, value in fields.items()}}
+        while True:
+            kept, least_s = self._connection.sock is not None, 0.0
+            try:
+                self._connection.request(method, self._address.path.rstrip("/") + target, body, named)
+                response = self._connection.getresponse()
+                answer = response if stream and response.status == 200 else Reply(self._address, response)
+                if answer.status not in (408, 429) and (answer.status < 500 or answer.status in (501, 505)):
+                    if trouble:
+                        self._waits("")
+                    return answer
+                after = response.getheader("Retry-After") or ""
+                trouble, least_s = str(answer), float(after) if re.fullmatch("[0-9]{1,4}", after) else 0.0
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                if kept:  # the other side may have closed it while it was idle: that proves nothing
+                    continue
+                trouble = f"{self._address.geturl()}: {getattr(error, 'strerror', None) or error or repr(error)}"
+            if time.monotonic() - began >= self._patience_s:
+                raise ClientError(trouble)
+            self._waits(trouble)
+            time.sleep(max(least_s, random.uniform(0, min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(attempt, 20)))))
+            attempt += 1
+
+    def lines(self, target: str) -> Iterator[List[bytes]]:
+        """The lines of an answer in NDJSON, as they arrive. Raises Reply, and OSError where it breaks off."""
+        import http.client
+        response, rest = self.ask("GET", target, stream=True, Accept="application/x-ndjson"), b""
+        if isinstance(response, Reply):
+            raise response
+        try:
+            for data in iter(lambda: response.read1(READ_BYTES), b""):
+                *whole, rest = (rest + data).split(b"\n")
+                yield [line for line in whole if line]  # an empty one only says that the service is alive
+        except http.client.HTTPException as error:
+            raise OSError(f"{self._address.geturl()}: {error!r}")
+        finally:
+            self._connection.close()
+
+
+class Outcome(NamedTuple):
+    """What became of events: how many were new, duplicates, conflicts; which were refused, by index, and why."""
+    new: int
+    duplicate: int
+    conflict: int
+    refused: Dict[int, str]
+
+
+def deliver(remote: Remote, events: Sequence[bytes]) -> Outcome:
+    """Publish all of `events`. A request is taken whole or not at all; so one that is refused is split. Raises ClientError."""
+    counts, refused, parts = [0, 0, 0], {}, [list(range(len(events)))]
+    while parts:
+        part = parts.pop()
+        squeeze = zlib.compressobj(1, zlib.DEFLATED, 31)
+        body = squeeze.compress(b"\n".join([events[index] for index in part])) + squeeze.flush()
+        answer = remote.ask("POST", "/publish", body, Content_Type="application/x-ndjson", Content_Encoding="gzip")
+        if answer.status == 202 and "unique" in answer.value:
+            counts = [count + answer.value[name] for count, name in zip(counts, ("unique", "duplicates", "conflicts"))]
+        elif answer.status not in (413, 422) and not str(answer.value.get("type")).endswith("#not-json"):
+            raise answer  # no event's fault
+        elif len(part) == 1:
+            refused[part[0]] = str(answer)
+        else:  # those with a fault by themselves, then the rest; or, where none is named, one half and then the other
+            faults = {fault.get("index") for fault in answer.value.get("errors", ())}
+            named = [index for at, index in enumerate(part) if at in faults]
+            rest, half = [index for at, index in enumerate(part) if at not in faults], len(part) // 2
+            parts += [[index] for index in named] + [rest] * bool(rest) if named else [part[half:], part[:half]]
+    return Outcome(counts[0], counts[1], counts[2], refused)
+
+
+class Report:
+    """Counts and shows what is settled: on a terminal in a line that moves, else every PROGRESS_S seconds and when trouble
+    comes or goes. Sets the refused aside, in STATE.refused or on stdout, and then saves the place in the file `state`."""
+
+    def __init__(self, what: str, state: str = "", of: str = "") -> None:
+        self.counts: Counter[str] = Counter()
+        self._what, self._state, self._of = what, state, of
+        self._began, self._shown_s, self._trouble = time.monotonic(), 0.0, ""
+
+    def place(self) -> List[int]:
+        """The place saved last, [] if there is none. Raises ClientError."""
+        if not os.path.exists(self._state):
+            return []
+        with contextlib.suppress(ValueError, KeyError, TypeError), open(self._state, encoding="utf-8") as file:
+            saved = json.load(file)
+            if saved["of"] == self._of:
+                return list(saved["place"])
+        raise ClientError(f"{self._state} holds no place of {self._of}: choose another --state, or remove it to start anew")
+
+    def settle(self, items: Sequence[Item], outcome: Outcome) -> None:
+        """Count what was delivered. What was refused is aside before the place moves behind it. Raises OSError."""
+        self.counts.update(sent=len(items), refused=len(outcome.refused), **dict(list(outcome._asdict().items())[:3]))
+        for index, reason in sorted(outcome.refused.items()):
+            self.tell(f"{self._what} {items[index][1]} refused: {reason}")
+            if self._state:
+                _write(self._state + ".refused", items[index][0] + b"\n", "ab")
+            else:
+                sys.stdout.buffer.write(items[index][0] + b"\n")
+                sys.stdout.buffer.flush()
+        if self._state:
+            _write(self._state + ".new", json.dumps({"of": self._of, "place": items[-1][2]}).encode(), "wb")
+            os.replace(self._state + ".new", self._state)
+            folder = os.open(os.path.dirname(os.path.abspath(self._state)), os.O_RDONLY)
+            os.fsync(folder)  # or a power cut undoes the renaming
+            os.close(folder)
+        self.show()
+
+    def tell(self, text: str, moves: bool = False) -> None:
+        """A line to stderr; on a terminal it takes the place of one that `moves`."""
+        sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + "aggregator.py: " + text + ("" if moves else "\n"))
+        sys.stderr.flush()
+
+    def waits(self, trouble: str) -> None:
+        """Show what is waited for, "" when it is over."""
+        changed, self._trouble = trouble != self._trouble, trouble
+        self.show(changed)
+
+    def show(self, now: bool = False, end: bool = False) -> int:
+        """Show how it goes, if it is time to; the exit status: 1 once an event was refused or its id taken by another."""
+        elapsed_s, moves = time.monotonic() - self._began, sys.stderr.isatty()
+        if now or end or elapsed_s - self._shown_s >= (TICK_S if moves else PROGRESS_S):
+            self._shown_s = elapsed_s
+            counts = [f"{self.counts[name]:,} {name}" for name in ("sent", "new", "duplicate", "conflict", "refused")]
+            trouble = "; waiting: " + self._trouble if self._trouble else ""
+            self.tell(f"{', '.join(counts)}; {self.counts['sent'] / max(elapsed_s, 0.001):,.0f}/s{trouble}", moves and not end)
+        return 1 if self.counts["refused"] or self.counts["conflict"] else 0
+
+
+def _write(path: str, data: bytes, mode: str) -> None:
+    """Write to a file, and to the disk."""
+    with open(path, mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _carry(source: Iterator[List[Item]], remote: Remote, report: Report, most: int) -> int:
+    """Deliver what a thread of its own reads from `source`, up to `most` at a time; the exit status. What comes while a request
+    is under way goes together with the next, so nothing waits for a timer."""
+    import threading
+    changed = threading.Condition()  # guards the two below: the thread waits for room, the caller for items; each wakes the other
+    ready: deque[Item] = deque()
+    ended: List[Optional[Exception]] = []
+
+    def read() -> None:
+        error = None
+        try:
+            for items in source:
+                with changed:
+                    ready.extend(items)
+                    changed.notify_all()
+                    changed.wait_for(lambda: sum([len(item[0]) for item in ready]) < READ_AHEAD_BYTES)
+        except Exception as caught:  # it is the caller's, and raised where it waits
+            error = caught
+        with changed:
+            ended.append(error)
+            changed.notify_all()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            with changed:
+                while not changed.wait_for(lambda: ready or ended, TICK_S):
+                    report.show()
+                items = [ready.popleft() for _ in range(min(most, len(ready)))]
+                changed.notify_all()
+            if items:
+                report.settle(items, deliver(remote, [item[0] for item in items]))
+            elif ended[0] is not None:
+                raise ended[0]
+            else:
+                return report.show()
+    finally:
+        report.show(end=True)
+
+
+class Place(NamedTuple):
+    """How far a file is read: its inode, the bytes and lines behind us, size and checksum of the last line (by which it shows
+    that the file is another now), and how many files were read under its name before."""
+    inode: int = 0
+    offset: int = 0
+    line: int = 0
+    size: int = 0
+    crc: int = 0
+    generation: int = 0
+
+
+def _holds(file: Any, place: Place) -> bool:
+    """Whether an open file is the one that was read up to `place`, and not truncated since."""
+    at, status = file.tell(), os.fstat(file.fileno())
+    file.seek(place.offset - place.size)
+    same = zlib.crc32(file.read(place.size)) == place.crc
+    file.seek(at)
+    return same and status.st_ino == place.inode and status.st_size >= at
+
+
+def _open(path: Any, place: Place, follow: bool, step: int) -> Tuple[Any, Place]:
+    """The file that `place` is in, whatever a rotation calls it now; else the present one, from its start."""
+    for entry in os.scandir(os.path.dirname(os.path.abspath(path))) if place.inode else ():
+        if entry.inode() == place.inode:
+            file = open(entry.path, "rb", buffering=0)
+            if _holds(file, place):
+                file.seek(place.offset)
+                return file, place
+            file.close()
+    while follow and not os.path.exists(path):
+        time.sleep(FILE_POLL_S)
+    file = open(path, "rb", buffering=0)
+    return file, Place(os.fstat(file.fileno()).st_ino, generation=place.generation + step)
+
+
+def _lines_of(path: Any, place: Place, follow: bool, step: int, longest: int) -> Iterator[List[Tuple[Place, bytes]]]:
+    """The lines of a file (by name or descriptor) from `place` on, cut at `longest` bytes, those of one read at a time, each
+    with the place behind it; with `follow` also those to come, through rotation and truncation. `step` is added to the
+    generation with each file."""
+    import io
+    (file, place), rest, idle = _open(path, place, follow, step), b"", 0
+    while True:
+        data = file.read(READ_BYTES)
+        idle, present = 0 if data else idle + 1, True  # also while it is moved away and its successor is not there yet
+        with contextlib.suppress(OSError):
+            present = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        over = not data and (not follow or not _holds(file, place)
+                             or (not present and idle * FILE_POLL_S >= ROTATED_QUIET_S))
+        rest, found = rest + data, []
+        end = len(rest) if over else rest.rfind(b"\n") + 1 or len(rest) // longest * longest
+        for line in io.BytesIO(rest[:end]):
+            for at in range(0, len(line), longest):
+                piece = line[at:at + longest]
+                place = Place(place.inode, place.offset + len(piece), place.line + (not at), len(piece), zlib.crc32(piece),
+                              place.generation)
+                found.append((place, piece))
+        rest = rest[end:]
+        yield found
+        if over and present and not follow:
+            return
+        if over:
+            file.close()
+            file, place = _open(path, Place(generation=place.generation), follow, step)
+        elif not data:
+            time.sleep(FILE_POLL_S)
+
+
+def _as_items(found: Sequence[Tuple[Place, bytes]], ids: str, topic: str, source: str, path: Any) -> List[Item]:
+    """Lines to items. An id by offset also holds the line's checksum, because inodes and offsets come again."""
+    origin, items = os.urandom(16).hex(), []  # type: str, List[Item]
+    if ids == "offset" and found:
+        file = json.dumps([source, os.path.abspath(path), found[0][0].inode, found[0][0].generation])
+        origin = blake2b(file.encode(), digest_size=8).hexdigest()
+    stamp = format_timestamp(time.time_ns() // 1000)
+    head = json.dumps({"topic": topic, "source": source, "timestamp": stamp, "event_id": origin})[:-2].encode()
+    for place, piece in found:
+        line = piece.strip(b"\0\r\n")  # NUL: the hole that a truncation leaves where the writer does not append
+        if line and not line.isspace():
+            if ids != "given":
+                text = json.encoder.encode_basestring(line.decode("utf-8", "backslashreplace")).encode("utf-8")
+                line = b'%b-%x-%08x","payload":{"message":%b}}' % (head, place.offset - place.size, zlib.crc32(line), text)
+            items.append((line, place.line, place))
+    return items
+
+
+def publish(settings: Dict[str, Any]) -> int:
+    """`aggregator.py publish`: events as JSON, one a line, or (with a topic) lines of text, to a service."""
+    import socket
+    names, state, follow, topic = settings["FILE"] or ["-"], settings["state"], bool(settings["follow"]), settings["topic"]
+    paths: List[Any] = [0 if name == "-" else name for name in names]
+    ids = settings["ids"] or ("given" if not topic else "random" if 0 in paths else "offset")
+    if (ids == "given") == bool(topic):
+        raise ClientError("--topic is for lines of text, with ids random or by offset; events as JSON have their own of both")
+    if (0 in paths and (state or follow or ids == "offset")) or (len(paths) > 1 and (state or follow)):
+        raise ClientError("--state and --follow take one FILE, and neither they nor offset ids a pipe")
+    report = Report("line", state, os.path.abspath(names[0]))
+    first, longest = Place(*report.place()), MAX_LINE_BYTES if topic else MAX_BODY_BYTES
+    items = (_as_items(found, ids, topic, settings["source"] or socket.gethostname(), path) for path in paths
+             for found in _lines_of(path, first, follow, bool(state), longest))
+    return _carry(items, Remote(settings["url"], settings["token"], report.waits), report, PUBLISH_EVENTS)
+
+
+def relay(settings: Dict[str, Any]) -> int:
+    """`aggregator.py relay`: all that one service has and gets, in order, to another. Ends by a signal or ClientError."""
+    from urllib.parse import quote
+    if not settings["from"] or not settings["to"]:
+        raise ClientError("a relay needs --from URL and --to URL")
+    topic = "&topic=" + quote(settings["topic"]) if settings["topic"] else ""
+    report = Report("seq", settings["state"], settings["from"].geturl() + topic)
+    first = ([0] + report.place())[-1]
+
+    def read(after: int) -> Iterator[List[Item]]:
+        source = Remote(settings["from"], settings["token_from"], report.waits, timeout_s=TAIL_TIMEOUT_S)
+        while True:
+            try:
+                for lines in source.lines(f"/events?follow=1&after={after}{topic}"):
+                    seqs = [json.loads(line)["seq"] for line in lines]
+                    after = seqs[-1] if seqs else after
+                    yield [(line, seq, [seq]) for line, seq in zip(lines, seqs)]
+            except Reply as answer:
+                oldest = answer.value.get("oldest_seq")
+                if answer.status != 410 or not isinstance(oldest, int) or oldest <= after + 1:
+                    raise
+                report.tell(f"GONE: {oldest - 1 - after:,} seqs, {after + 1} to {oldest - 1}, removed before they were relayed")
+                after = oldest - 1
+            except OSError as error:
+                report.waits(str(error))
+            time.sleep(BACKOFF_S)  # `ask` backs off by itself; this is for a service that answers and then breaks off
+
+    return _carry(read(first), Remote(settings["to"], settings["token_to"], report.waits), report, RELAY_EVENTS)
+
+
+def health(settings: Dict[str, Any]) -> int:
+    """`aggregator.py health`: 0 if events can be stored right now, else 1 and the reason."""
+    try:
+        answer = Remote(settings["url"], patience_s=0, timeout_s=HEALTH_TIMEOUT_S).ask("GET", "/health")
+        reason = "" if answer.value.get("status") == "ok" else str(answer)
+    except ClientError as error:
+        reason = str(error)
+    print(reason or "ok")
+    return 1 if reason else 0
+
+
+class _Load(Report):
+    """What a drill sends: `count` different events, out of order, a share of `repeats` in all being repeats, and repeats as long
+    as there are `kills` to come; and what became of them."""
+
+    def __init__(self, count: int, repeats: float, kills: int) -> None:
+        import random
+        import threading
+        super().__init__("event")
+        self.name, self.count, self.kills = "drill/" + os.urandom(4).hex(), count, kills
+        self.acknowledged, self._now_us = bytearray(count), time.time_ns() // 1000
+        self.seconds: List[float] = []  # that each request took, until it was answered
+        self.failure: Optional[Exception] = None
+        order = [*range(count), *random.choices(range(count), k=int(count * repeats / (1 - repeats)))]
+        order.sort(key=lambda n: n + random.uniform(0, 1000))
+        self._numbers = itertools.chain(order, (random.randrange(count) for _ in iter(lambda: self.kills, 0)))
+        self._lock = threading.Lock()  # guards all of the above: a sender holds it before and after each request
+
+    def event(self, n: int) -> Dict[str, Any]:
+        """Event `n` as it is sent, and as it must be read."""
+        return {"topic": f"{self.name}/{n % DRILL_TOPICS}", "event_id": f"{n * 2654435761 % 2 ** 32:08x}-{n}", "source": "drill",
+                "timestamp": format_timestamp(self._now_us + n * 1000), "payload": {"n": n, "text": "drill " * (n % 9)}}
+
+    def send(self, remote: Remote, batch: int) -> None:
+        """One sender, until there is nothing left or something is wrong."""
+        try:
+            while not self.failure:
+                with self._lock:
+                    items = [(json.dumps(self.event(n)).encode(), n, ()) for n in itertools.islice(self._numbers, batch)]
+                if not items:
+                    return
+                began, outcome = time.monotonic(), deliver(remote, [item[0] for item in items])
+                with self._lock:
+                    self.seconds.append(time.monotonic() - began)
+                    self.settle(items, outcome)
+                    for index, item in enumerate(items):
+                        self.acknowledged[item[1]] |= index not in outcome.refused
+        except Exception as error:
+            self.failure = error
+
+    def verdict(self, remote: Remote) -> int:
+        """Read everything back and print what was found; how many promises are broken."""
+        found, strange = bytearray(self.count), 0
+        for part in range(DRILL_TOPICS):
+            for row in map(json.loads, itertools.chain.from_iterable(remote.lines(f"/events?topic={self.name}/{part}"))):
+                n = row["payload"].get("n")
+                if type(n) is int and 0 <= n < self.count and self.event(n).items() <= row.items():
+                    found[n] = min(found[n] + 1, 2)
+                else:
+                    strange += 1
+        lost = sum([sent > stored for sent, stored in zip(self.acknowledged, found)])
+        for name, value in (("acknowledged", sum(self.acknowledged)), ("stored", self.count - found.count(0)), ("lost", lost),
+                            ("stored twice", found.count(2)), ("stored otherwise", strange)):
+            print(f"{name:<17}{value:>11,}")
+        self.seconds.sort()
+        for share in (50, 75, 90, 95, 99, 100):  # one # for each doubling
+            milliseconds = self.seconds[(len(self.seconds) - 1) * share // 100] * 1000
+            print(f"{share:>3} % within{milliseconds:>16,.1f} ms  " + "####" * int(milliseconds).bit_length())
+        return lost + found.count(2) + strange + self.counts["refused"]
+
+
+def drill(settings: Dict[str, Any], environment: Dict[str, str]) -> int:
+    """`aggregator.py drill`: publish under load, kill the service, read everything back; 1 if a promise was broken."""
+    import random
+    import socket
+    import subprocess
+    import tempfile
+    import threading
+    if settings["url"] and settings["kill9"]:
+        raise ClientError("--kill9 is for the drill's own service: leave out --url")
+    load, written = _Load(settings["events"], settings["duplicates"], settings["kill9"]), 0
+    process: Any = None
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = settings["url"] or parse_address("127.0.0.1:{}".format(probe.getsockname()[1]))
+
+    def restart(last: bool = False) -> None:
+        """SIGKILL, and if it was not the last one, a new start."""
+        nonlocal process, written
+        if process is not None:
+            with contextlib.suppress(OSError), open(f"/proc/{process.pid}/io", encoding="ascii") as file:
+                written += int(file.read().split("\nwrite_bytes: ")[1].split()[0])
+            process.kill()
+            process.wait()
+        process = None if last else subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", str(address.port),
+            "--host", address.hostname, "--db", os.path.join(folder, "drill.db"), "--log-level", "ERROR"], env=environment)
+
+    with tempfile.TemporaryDirectory() as folder:
+        restart(last=bool(settings["url"]))
+        try:
+            remotes = [Remote(address, settings["token"], patience_s=DRILL_PATIENCE_S) for _ in range(settings["connections"])]
+            remotes[0].ask("GET", "/health")
+            threads = [threading.Thread(target=load.send, args=(each, settings["batch"]), daemon=True) for each in remotes]
+            began, due, apart = time.monotonic(), 0, 2 * load.count // (load.kills + 1) + 1
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(random.uniform(0, TICK_S / 4))
+                load.show()
+                due = due or load.counts["sent"] + random.randrange(1, apart)
+                if load.kills and load.counts["sent"] >= due:
+                    restart()
+                    load.kills, due = load.kills - 1, 0
+            elapsed_s = time.monotonic() - began
+            load.show(end=True)
+            if load.failure:
+                raise load.failure
+            broken = load.verdict(remotes[0])
+        finally:
+            restart(last=True)
+    print(f"throughput       {load.counts['sent'] / elapsed_s:>11,.0f} events/s")
+    print("written          " + (f"{written / load.count:>11,.0f} bytes per event" if written else
+          "          ? (not our process, no /proc, or no disk)"))
+    print("BROKEN" if broken else "kept: everything acknowledged is stored, and once")
+    return 1 if broken else 0
 
 
 # ======================================================================================================================
 # §11  Command line
 #
-# Settings are one table. Everything starts and stops here, in order. Knows all sections.
+# Settings are one table, commands another. Everything starts and stops here, in order. Knows all sections.
 # ======================================================================================================================
 
 class Setting(NamedTuple):
-    """One setting: `--flag` on the command line, else `variable` from the environment, else `default`."""
+    """One setting: `--flag` on the command line, else `variable` from the environment, else `default`. A switch if `read` is
+    bool, the arguments that are no flags if its name has no dashes; $PORT in a default is that of the environment, or 8000."""
     flag: str
     variable: str
     default: str
@@ -2947,6 +3454,12 @@ def _read_secret(text: str) -> str:
     if re.fullmatch("[A-Za-z0-9._~+/=-]{1,512}", text) is None:  # RFC 6750 §2.1
         raise ValueError("must be 1 to 512 letters, digits or -._~+/=")
     return text
+
+
+def _read_share(text: str) -> float:
+    if re.fullmatch(r"0?\.[0-9]{1,3}|0", text) is None or float(text) > 0.95:
+        raise ValueError("must be a number from 0 to 0.95")
+    return float(text)
 
 
 def _read_names(text: str) -> FrozenSet[str]:
@@ -2987,8 +3500,47 @@ SETTINGS = (
 )
 
 
-COMMANDS = {"serve": "Take in events over HTTP, store each exactly once. `aggregator.py check --db FILE` verifies a store.",
-    "check": "Verify the store of a stopped service: exit status 0 if all is well, 1 if not.", }
+_AT = (Setting("--url", "AGGREGATOR_URL", "http://127.0.0.1:$PORT", parse_address, "the service"),
+       Setting("--token", "AUTH_TOKEN", "", _read_secret, "what the service asks for"))
+_STATE = Setting("--state", "", "", str, "file that keeps the place, so that the next start goes on there")
+
+
+class Command(NamedTuple):
+    """One command: what --help says, its settings, and what runs it and returns the exit status."""
+    summary: str
+    settings: Tuple[Setting, ...]
+    run: Callable[[Dict[str, Any]], int]
+
+
+COMMANDS = {
+    "serve": Command("Take in events over HTTP, store each exactly once. The default; the other commands are check, publish,"
+                     " relay, drill and health, each with its own --help.", SETTINGS, lambda settings: run_service(settings)),
+    "check": Command("Verify the store of a stopped service: exit status 0 if all is well, 1 if not.", SETTINGS[2:3],
+                     lambda settings: check(settings["db"])),
+    "publish": Command("Publish FILEs: events as JSON, one a line, or, with --topic, lines of text. What is refused goes to"
+                       " STATE.refused or stdout. Exit status 0 if all was acknowledged, 1 if not.", (
+        Setting("FILE", "", "", str, "what to read; - or nothing for standard input"), *_AT, _STATE,
+        Setting("--topic", "", "", _read_name, "lines are text; the topic of the events made of them"),
+        Setting("--source", "", "", _read_name, "the source of the events made of them; else the name of this host"),
+        Setting("--ids", "", "", _read_choice("given", "random", "offset"), "given: events have one (without --topic); offset:"
+                " made of file and offset, so that lines may be sent again (with FILE); random (from standard input)"),
+        Setting("--follow", "", "", bool, "go on with what is appended to FILE, through rotation and truncation")), publish),
+    "relay": Command("Pass on what one aggregator has and gets to another, in order. Ends by a signal.", (
+        Setting("--from", "", "", parse_address, "the service to read"), Setting("--to", "", "", parse_address, "the other"),
+        Setting("--token-from", "TOKEN_FROM", "", _read_secret, "what the one asks for"),
+        Setting("--token-to", "TOKEN_TO", "", _read_secret, "what the other asks for"),
+        Setting("--topic", "", "", _read_name, "only this topic, or all that begin so: logs/*"), _STATE), relay),
+    "drill": Command("Publish disorder and repeats to a service of its own, kill it, and count what was lost or doubled: exit"
+                     " status 0 if nothing, 1 if anything.", (
+        Setting("--events", "", "100000", _read_number(1, 10_000_000), "different events"),
+        Setting("--duplicates", "", "0.3", _read_share, "share of repeats in all that is sent"),
+        Setting("--batch", "", "100", _read_number(1, QUEUE_MAX_EVENTS), "events of one request"),
+        Setting("--connections", "", "4", _read_number(1, MAX_CONNECTIONS), "publishers at a time"),
+        Setting("--kill9", "", "0", _read_number(0, 10_000), "kills of the service under load"),
+        Setting("--url", "", "", parse_address, "a service that runs already, instead"), _AT[1]),
+        lambda settings: drill(settings, {**os.environ, **{each.variable: "" for each in SETTINGS}})),
+    "health": Command("Ask whether events can be stored right now: exit status 0 if so, 1 with the reason if not.", _AT[:1],
+                      health)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2999,23 +3551,26 @@ class _Parser(argparse.ArgumentParser):
 
 def read_settings(command: str, arguments: Sequence[str], environment: Dict[str, str]) -> Dict[str, Any]:
     """Flags over environment over defaults, by flag name without dashes. Exits with a message on a bad one."""
-    parser = _Parser(prog="aggregator.py" + (" " + command if command != "serve" else ""), description=COMMANDS[command],
-                     allow_abbrev=False)
+    parser = _Parser(prog="aggregator.py" + (" " + command if command != "serve" else ""),
+                     description=COMMANDS[command].summary, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=versions())
-    known = [setting for setting in SETTINGS if command == "serve" or setting.flag == "--db"]
-    for setting in known:
-        text = f"{setting.meaning} (environment: {setting.variable}; default: {setting.default})"
-        parser.add_argument(setting.flag, metavar=setting.variable, help=text.replace("%", "%%"))
+    for setting in COMMANDS[command].settings:
+        origins = [f"{kind}: {each}" for kind, each in (("environment", setting.variable), ("default", setting.default)) if each]
+        options = {"action": "store_true"} if setting.read is bool else {"metavar": setting.variable or setting.flag[2:].upper()}
+        if not setting.flag.startswith("-"):
+            options = {"metavar": setting.flag, "nargs": "*"}
+        text = setting.meaning + (" ({})".format("; ".join(origins)) if origins else "")
+        parser.add_argument(setting.flag, help=text.replace("%", "%%"), **options)  # type: ignore[arg-type]
     given = vars(parser.parse_args(arguments))
     settings = {}
-    for setting in known:
-        name = setting.flag[2:].replace("-", "_")
+    for setting in COMMANDS[command].settings:
+        name = setting.flag.lstrip("-").replace("-", "_")
         text, origin = given[name], setting.flag
         if text is None and environment.get(setting.variable, "") != "":
             text, origin = environment[setting.variable], "environment variable " + setting.variable
-        text = setting.default or None if text is None else text
-        try:
-            settings[name] = setting.read(text) if text is not None else ""  # without a default: unset
+        text = setting.default.replace("$PORT", environment.get("PORT") or "8000") or None if text is None else text
+        try:  # without a default: unset
+            settings[name] = "" if text is None else setting.read(text) if isinstance(text, str) else text
         except ValueError as error:
             parser.exit(2, "aggregator.py: {} {}{}\n".format(origin, error, "" if setting.read is _read_secret else
                                                              ": " + _shown(text)))
@@ -3164,23 +3719,14 @@ def check(path: str) -> int:
     return 0 if sound else 1
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """The program; its exit status."""
-    if sys.version_info < (3, 8):
-        sys.stderr.write(f"aggregator.py: this is Python {sys.version.split()[0]}; 3.8 or newer is needed\n")
-        return 2
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
-    settings = read_settings(command, arguments, dict(os.environ))
-    if command == "check":
-        return check(settings["db"])
+def run_service(settings: Dict[str, Any]) -> int:
+    """`aggregator.py serve`: make the process ready to serve, and serve; the exit status."""
     logging.basicConfig(level=settings["log_level"], stream=sys.stderr, format=_log_format())
     logging.getLogger().handlers[0].addFilter(log_limit(time.monotonic))
     with contextlib.suppress(ImportError, OSError, ValueError):  # a descriptor for each connection, where that is allowed
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2 * MAX_CONNECTIONS, hard)), hard))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until `serve` takes over; process 1 would ignore it
     # At each statement the writer waits for the GIL, up to one switch interval; 5 ms, the default, would be all its time.
     sys.setswitchinterval(0.00005)
     gc.freeze()  # what is loaded stays; and little of what comes makes cycles, so looking for them often is a waste
@@ -3190,6 +3736,26 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except (StoreError, OSError, OverflowError, ValueError) as error:
         where = "{}:{}: ".format(settings["host"], settings["port"]) if isinstance(error, OSError) else ""
         sys.stderr.write("aggregator.py: {}{}\n".format(where, getattr(error, "strerror", None) or error))
+        return 1
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The program; its exit status."""
+    if sys.version_info < (3, 8):
+        sys.stderr.write(f"aggregator.py: this is Python {sys.version.split()[0]}; 3.8 or newer is needed\n")
+        return 2
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "serve"
+    if command not in COMMANDS:
+        sys.stderr.write("aggregator.py: there is no command {}; there are: {}\n".format(_shown(command), ", ".join(COMMANDS)))
+        return 2
+    settings = read_settings(command, arguments, dict(os.environ))
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `serve` takes over; process 1 would ignore the first
+        signal.signal(number, lambda number, _: sys.exit(0 if command == "serve" else 128 + number))
+    try:
+        return COMMANDS[command].run(settings)
+    except (ClientError, OSError) as error:
+        sys.stderr.write(f"aggregator.py: {error}\n")
         return 1
 
 

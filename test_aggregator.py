@@ -16,6 +16,7 @@ import gzip
 import html
 import html.parser
 import http.client
+import http.server
 import itertools
 import json
 import logging
@@ -55,8 +56,11 @@ README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 # section: the sections whose names it may use
 KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 5, 6}, 7: {1, 7},
          8: {1, 2, 4, 5, 6, 7, 8}, 9: {1, 4, 5, 8, 9}, 10: {1, 2, 10}, 11: set(range(1, 12))}
-MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5}, "argparse": {11}, "signal": {11}, "concurrent": {4},
-           "blake2b": {3}, "sys": {10, 11}}
+MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5, 10}, "argparse": {11}, "signal": {11}, "concurrent": {4},
+           "blake2b": {3, 10}, "sys": {10, 11}}
+# section: what it imports inside a function, where it is needed: serving must not pay for it, and small systems lack it
+LAZY = {8: {"hmac"}, 10: {"http.client", "io", "random", "socket", "subprocess", "tempfile", "threading", "urllib.parse"},
+        11: {"resource", "socket", "ssl"}}
 
 
 SECTION_LINES = [SOURCE.count("\n", 0, match.start()) + 1 for match in re.finditer(r"^# §[0-9]+  ", SOURCE, re.M)]
@@ -80,16 +84,28 @@ def defined_names():
     return names
 
 
+def imports_of(nodes):
+    return {(alias.name if isinstance(node, ast.Import) else node.module, section_of(node.lineno)) for node in nodes
+            if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+
+
 def test_only_the_standard_library_is_imported():
-    imported = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
-    at_once = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
-    lazily = imported - at_once - {"hashlib", "collections", "typing"}  # where they are needed, and nowhere else
-    assert lazily == {"hmac", "resource", "socket", "ssl"}
-    assert imported == {"argparse", "asyncio", "bisect", "collections", "concurrent.futures", "datetime", "functools", "hashlib",
-                        "contextlib", "gc", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time",
-                        "typing", "zlib", "hmac", "resource", "socket", "ssl"}
+    at_once = imports_of(TREE.body)
+    assert at_once == {(name, 0) for name in (
+        "argparse", "asyncio", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "functools", "gc",
+        "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib")}
+    assert imports_of(ast.walk(TREE)) - at_once == {(name, section) for section in LAZY for name in LAZY[section]}
     assert "dependencies = []" in SOURCE
+
+
+def test_importing_the_file_loads_nothing_but_what_it_names_at_the_top():
+    code = "import sys\nsys.path.insert(0, {!r})\nimport {}\nbefore = set(sys.modules)\nimport aggregator\n" \
+           "print(set(sys.modules) - before, sorted(set({!r}) & set(sys.modules)))"
+    named = ", ".join(sorted(name for name, _ in imports_of(TREE.body)))
+    costly = ["http.client", "urllib", "email", "tempfile"]
+    found = subprocess.run([sys.executable, "-I", "-c", code.format(HERE, named, costly)], check=True, stdout=subprocess.PIPE,
+                           text=True, timeout=20)
+    assert found.stdout == "{'aggregator'} []\n"
 
 
 def test_the_file_parses_with_the_oldest_grammar_so_that_the_version_check_can_run():
@@ -3168,6 +3184,532 @@ def test_the_date_follows_a_clock_that_is_set_back():
     instants = iter([7200.5, 7200.9, 3600.2])
     server = aggregator.Server(aggregator.API(None, lambda: NOW, str, {}), lambda: next(instants))
     assert [server._now()[17:25] for _ in range(3)] == ["02:00:00", "02:00:00", "01:00:00"]
+
+
+# ======================================================================================================================
+# §10 Client: against the real service, and against a fake one where it must misbehave
+# ======================================================================================================================
+
+class Fake:
+    """A service that answers as `behave(events)` says: a status and a JSON object, and header fields if need be; None breaks
+    the connection. `events` are those of a publish, or the target of a GET, whose answer may be text. Keeps what was asked."""
+
+    def __init__(self, behave):
+        fake, self.asked, self.when = self, [], []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version, wbufsize = "HTTP/1.1", -1
+
+            def do_GET(self):
+                self.answer(self.path)
+
+            def do_POST(self):
+                body = zlib.decompress(self.rfile.read(int(self.headers["Content-Length"])), 31)
+                self.answer([json.loads(line) for line in body.split(b"\n")])
+
+            def answer(self, asked):
+                fake.asked.append(asked)
+                fake.when.append(time.monotonic())
+                told = behave(asked)
+                if told is None:
+                    self.close_connection = True
+                    return
+                body = told[1].encode() if isinstance(told[1], str) else json.dumps(told[1]).encode()
+                self.send_response(told[0])
+                for name, value in dict(told[2] if len(told) > 2 else {}, **{"Content-Length": str(len(body))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d" % self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def taken(events):
+    return 202, {"status": "accepted", "accepted": len(events), "unique": len(events), "duplicates": 0, "conflicts": 0}
+
+
+class Child:
+    """A client of ours as a process. Its words are in `said()`, what it set aside in `aside()`."""
+
+    def __init__(self, folder, *arguments, **env):
+        self.out = os.path.join(str(folder), "child-%d" % next(COUNTER))
+        with open(self.out, "wb") as out, open(self.out + ".err", "wb") as err:
+            self.process = subprocess.Popen([sys.executable, PROGRAM, *map(str, arguments)], stdin=subprocess.PIPE, stdout=out,
+                                            stderr=err, env=clean_environment(**env))
+
+    def said(self):
+        with open(self.out + ".err", encoding="utf-8") as err:
+            return err.read()
+
+    def aside(self):
+        with open(self.out, encoding="utf-8") as out:
+            return out.read()
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+
+
+COUNTER = itertools.count()
+
+
+def until(condition, timeout_s=15):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def client(command, *arguments):
+    """A command in this process; its exit status."""
+    return aggregator.COMMANDS[command].run(aggregator.read_settings(command, [str(each) for each in arguments], {}))
+
+
+def stored(port, topic="t"):
+    """All events of a topic, in order of seq."""
+    found = fetch(port, "GET", "/events?topic=" + quote(topic), headers={"Accept": "application/x-ndjson"}).body.splitlines()
+    return sorted([json.loads(line) for line in found], key=lambda each: each["seq"])
+
+
+def messages(port, topic="t"):
+    return [each["payload"]["message"] for each in stored(port, topic)]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("localhost:8000", ("http", "localhost", 8000, "")), ("http://nas", ("http", "nas", None, "")),
+    ("https://[::1]:8443/logs/", ("https", "::1", 8443, "/logs/")), ("", None), ("ftp://nas", None), ("http://", None),
+    ("http://nas:99999", None), ("http://nas:0", None), ("http://nas:x", None), ("http://u:p@nas", None), ("http://n/?a=b", None),
+    ("http://n/#a", None), ("http://n a/", None), ("http://né/", None), ("http://[::1", None), ("nas\n", None)])
+def test_an_address_is_read_as_curl_reads_it(text, expected):
+    if expected is None:
+        with pytest.raises(ValueError):
+            aggregator.parse_address(text)
+    else:
+        parts = aggregator.parse_address(text)
+        assert (parts.scheme, parts.hostname, parts.port, parts.path) == expected
+
+
+def test_what_fails_on_the_way_is_sent_again_until_it_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "BACKOFF_S", 0.001)
+    script = [None, (503, {}, {"Retry-After": "1"}), (429, {}), (500, {}), (408, {}), (502, "<html>")]
+    (tmp_path / "log").write_text("one\ntwo\n")
+    with Fake(lambda events: script.pop(0) if script else taken(events)) as fake:
+        assert client("publish", "--url", fake.url, "--topic", "t", tmp_path / "log") == 0
+    assert len(fake.asked) == 7 and all(asked == fake.asked[0] for asked in fake.asked)
+    assert [each["payload"]["message"] for each in fake.asked[0]] == ["one", "two"]
+    assert fake.when[2] - fake.when[1] >= 1  # Retry-After is kept to
+
+
+def test_pauses_between_attempts_grow_and_are_random(monkeypatch):
+    slept = []
+    monkeypatch.setattr(aggregator.time, "sleep", slept.append)
+    for _ in range(3):
+        script = [(503, {})] * 12 + [(200, {})]
+        with Fake(lambda events, script=script: script.pop(0)) as fake:
+            aggregator.Remote(aggregator.parse_address(fake.url)).ask("GET", "/")
+    rounds = [slept[at:at + 12] for at in (0, 12, 24)]
+    bounds = [min(aggregator.BACKOFF_MAX_S, aggregator.BACKOFF_S * 2 ** n) for n in range(12)]
+    assert all(0 <= pause <= bound for each in rounds for pause, bound in zip(each, bounds))
+    assert rounds[0] != rounds[1] != rounds[2] and max(slept) > 1
+
+
+@pytest.mark.parametrize("status, told", [(401, "401"), (403, "403"), (404, "404"), (200, "200"), (301, "301"), (400, "400")])
+def test_an_answer_that_no_repetition_changes_ends_the_command(tmp_path, status, told):
+    (tmp_path / "log").write_text("one\n")
+    with Fake(lambda events: (status, {"detail": "says the service"})) as fake:
+        found = run("publish", "--url", fake.url, "--topic", "t", str(tmp_path / "log"), "--state", str(tmp_path / "place"))
+        assert found.returncode == 1 and told + " says the service" in found.stderr and "Traceback" not in found.stderr
+    assert len(fake.asked) == 1 and not (tmp_path / "place").exists()
+
+
+def refuse_thirteen(events):
+    """No more than 16 at a time, and never the 13th; a faulty one is not named."""
+    if len(events) > 16:
+        return 413, {}
+    return (422, {"detail": "unlucky"}) if any(each["event_id"] == "13" for each in events) else taken(events)
+
+
+def test_what_is_refused_is_set_aside_with_its_line_number_and_the_rest_of_its_block_is_stored(tmp_path, capsys):
+    events = [sample(str(n)) for n in range(100)]
+    (tmp_path / "log").write_bytes(b"\n" + lines(events))
+    with Fake(refuse_thirteen) as fake:
+        assert client("publish", "--url", fake.url, tmp_path / "log", "--state", tmp_path / "place") == 1
+        told = capsys.readouterr()
+        assert "line 15 refused" in told.err and "unlucky" in told.err and "99 new" in told.err and told.out == ""
+        assert json.loads((tmp_path / "place.refused").read_text()) == events[13]
+        passed = [each["event_id"] for asked in fake.asked if refuse_thirteen(asked)[0] == 202 for each in asked]
+        assert passed == [str(n) for n in range(100) if n != 13]  # once, and in order
+        assert client("publish", "--url", fake.url, tmp_path / "log") == 1
+        assert json.loads(capsys.readouterr().out) == events[13]  # without a state it goes to stdout
+
+
+def test_of_a_batch_with_many_faults_each_is_refused_by_the_service_and_the_others_are_stored(site, tmp_path, capsys):
+    good = [json.dumps(sample(str(n))) for n in range(50)]
+    bad = ["garbage", '{"topic":"t"}', "[]", '{"topic":"t","event_id":"x"} {"topic":"t"}', "null", "\ufeff{}", "[" * 9000,
+           json.dumps(sample("big", payload={"x": "y" * 5_000_000})), json.dumps(sample("\0"))]
+    text = "\n".join(good[:25] + bad + good[25:])
+    (tmp_path / "log").write_text(text)
+    assert client("publish", "--url", "127.0.0.1:%d" % site.port, tmp_path / "log") == 1
+    told = capsys.readouterr()
+    assert {each["event_id"] for each in stored(site.port)} == {str(n) for n in range(50)}
+    assert "50 new" in told.err
+    for number in range(26, 26 + len(bad)):
+        assert f"line {number} refused" in told.err
+    assert "event_id is missing" in told.err
+
+
+def test_a_conflict_is_no_success(site, tmp_path, capsys):
+    (tmp_path / "log").write_bytes(lines([sample("1"), sample("2"), sample("1", payload={"other": 1})]))
+    assert client("publish", "--url", "127.0.0.1:%d" % site.port, tmp_path / "log") == 1
+    assert "2 new, 1 duplicate, 1 conflict" in capsys.readouterr().err
+
+
+def test_ids_by_offset_make_it_harmless_to_send_a_file_again(site, tmp_path, capsys):
+    log, url = tmp_path / "log", "127.0.0.1:%d" % site.port
+    log.write_bytes(b"same\nsame\n\n \t\n" + "\u00e9\U0001f600\n".encode() + b"\xff\x00\x1b[0m\r\nlast")
+    for new, duplicate in ((5, 0), (0, 5)):
+        assert client("publish", "--url", url, "--topic", "t", "--source", "nas", log) == 0
+        assert f"5 sent, {new} new, {duplicate} duplicate" in capsys.readouterr().err
+    assert messages(site.port) == ["same", "same", "\u00e9\U0001f600", "\\xff\x00\x1b[0m", "last"]
+    assert {each["source"] for each in stored(site.port)} == {"nas"}
+    with open(str(log), "ab") as file:
+        file.write(b"\nmore\n")
+    assert client("publish", "--url", url, "--topic", "t", "--source", "nas", log) == 0
+    assert "1 new, 5 duplicate" in capsys.readouterr().err
+    log.write_bytes(b"SAME\nsame\nsame\n")  # another content at a known place is another event, never a conflict
+    assert client("publish", "--url", url, "--topic", "t", "--source", "nas", log) == 0
+    assert "2 new, 1 duplicate, 0 conflict" in capsys.readouterr().err
+
+
+def test_a_place_is_remembered_and_belongs_to_its_file(site, tmp_path, capsys):
+    log, place, url = tmp_path / "log", tmp_path / "place", "127.0.0.1:%d" % site.port
+    log.write_text("one\ntwo\n")
+    for sent in (2, 0):
+        assert client("publish", "--url", url, "--topic", "t", "--state", place, log) == 0
+        assert f"{sent} sent" in capsys.readouterr().err
+    with open(str(log), "a") as file:
+        file.write("three\n")
+    assert client("publish", "--url", url, "--topic", "t", "--state", place, log) == 0
+    assert "1 sent, 1 new" in capsys.readouterr().err and os.listdir(str(tmp_path)).count("place") == 1
+    (tmp_path / "other").write_text("x\n")
+    for other, text in (("other", place.read_text()), ("log", "{"), ("log", "[]"), ("log", "")):
+        place.write_text(text)
+        with pytest.raises(aggregator.ClientError, match="choose another --state"):
+            client("publish", "--url", url, "--topic", "t", "--state", place, tmp_path / other)
+
+
+def test_without_an_acknowledgement_the_place_stays(tmp_path):
+    (tmp_path / "log").write_text("one\n")
+    with Fake(lambda events: (503, {})) as fake, Child(tmp_path, "publish", "--url", fake.url, "--topic", "t", "--state",
+                                                      tmp_path / "place", tmp_path / "log") as child:
+        until(lambda: len(fake.asked) > 1)
+        assert child.end() == 143 and not (tmp_path / "place").exists()
+        assert "waiting: " + fake.url in child.said() and "0 sent" in child.said()
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--ids", "given", "--topic", "t"), ("--ids", "random"), ("--ids", "offset", "--topic", "t"), ("--state", "s"),
+    ("--follow",), ("--follow", "a", "b"), ("--state", "s", "a", "b"), ("--topic", "t", "--ids", "offset", "-")])
+def test_what_does_not_go_together_is_said_so(arguments):
+    with pytest.raises(aggregator.ClientError, match="--"):
+        client("publish", *arguments)
+
+
+def test_lines_from_a_pipe_are_sent_as_they_come(tmp_path):
+    with Program(tmp_path / "pipe.db") as program, Child(tmp_path, "publish", "--url", "localhost:%d" % program.port,
+                                                         "--topic", "t") as child:
+        for n in range(3):
+            child.process.stdin.write(b"line %d\nhalf" % n)
+            child.process.stdin.flush()
+            until(lambda n=n: len(messages(program.port)) == n + 1)
+        child.process.stdin.close()
+        assert child.process.wait(10) == 0
+        assert messages(program.port) == ["line 0", "halfline 1", "halfline 2", "half"]
+
+
+def test_an_endless_line_is_cut_and_the_lines_after_it_are_whole(site, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(aggregator, "MAX_LINE_BYTES", 1000)
+    text = "a" * 2500 + "\n" + "b" * 1000 + "\nshort\n" + "c" * 1001 + "\n" + "d" * 200_000
+    (tmp_path / "log").write_text(text)
+    assert client("publish", "--url", "127.0.0.1:%d" % site.port, "--topic", "t", tmp_path / "log") == 0
+    found = messages(site.port)
+    assert found[:7] == ["a" * 1000, "a" * 1000, "a" * 500, "b" * 1000, "short", "c" * 1000, "c"]
+    assert found[7:] == ["d" * 1000] * 200
+    monkeypatch.setattr(aggregator, "READ_BYTES", 77)  # other reads, the same pieces
+    assert client("publish", "--url", "127.0.0.1:%d" % site.port, "--topic", "t", tmp_path / "log") == 0
+    assert "0 new, 207 duplicate" in capsys.readouterr().err
+
+
+def test_an_endless_input_takes_no_more_memory_than_a_short_one(tmp_path):
+    with Fake(taken) as fake:
+        code = (f"import resource, sys\nsys.path.insert(0, {HERE!r})\nimport aggregator\n"
+                f"aggregator.main(['publish', '--url', {fake.url!r}, '--topic', 't'])\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        peaks = []
+        for size in (1, 20):
+            found = subprocess.run([sys.executable, "-c", code], input=b"\0x" * 300_000 * size, capture_output=True, timeout=30)
+            peaks.append(int(found.stdout))
+    assert peaks[1] < peaks[0] * 1.5
+
+
+def test_nothing_is_lost_when_the_service_is_killed_in_the_middle_and_started_again(tmp_path):
+    log, db = tmp_path / "log", tmp_path / "kill.db"
+    log.write_text("".join(f"line {n}\n" for n in range(20_000)))
+    with Program(db) as program:
+        port = program.port
+        child = Child(tmp_path, "publish", "--url", "127.0.0.1:%d" % port, "--topic", "t", log)
+        until(lambda: json.loads(fetch(port, "GET", "/stats").body)["unique_processed"] > 0)
+        program.kill()
+    with child, Program(db, "--port", str(port)) as program:
+        assert child.process.wait(20) == 0 and "20,000 sent" in child.said() and "waiting" in child.said()
+        assert messages(port) == [f"line {n}" for n in range(20_000)]
+        assert program.end() == 0
+    assert_sound(db)
+
+
+def append(path, text):
+    with open(str(path), "a") as file:
+        file.write(text)
+
+
+def test_a_followed_file_loses_nothing_through_rotation_truncation_and_restarts(tmp_path):
+    log, place = tmp_path / "app.log", tmp_path / "place"
+    with Program(tmp_path / "follow.db") as program:
+        def seen(*expected):
+            until(lambda: len(messages(program.port)) >= len(expected))
+            assert messages(program.port) == list(expected)
+        follow = ("publish", "--url", "127.0.0.1:%d" % program.port, "--topic", "t", "--follow", "--state", place, log)
+        with Child(tmp_path, *follow) as child:  # before the file is there
+            append(log, "1\nhalf")
+            seen("1")
+            append(log, " whole\n")
+            seen("1", "half whole")
+            os.rename(str(log), str(log) + ".1")
+            append(str(log) + ".1", "late\n")  # its writer has not been told yet
+            append(log, "new\nold\n")
+            seen("1", "half whole", "late", "new", "old")
+            os.truncate(str(log), 0)  # copytruncate
+            append(log, "new\n")  # the same bytes at the same place, and another event
+            seen("1", "half whole", "late", "new", "old", "new")
+            until(lambda: json.loads(place.read_text())["place"][1] == 4)
+            assert child.end(signal.SIGINT) == 130
+        append(log, "while away\n")
+        os.rename(str(log), str(log) + ".2")
+        append(str(log) + ".2", "and more\n")
+        append(log, "after\n")
+        known = place.read_text()
+        for end in ("", "end\n"):
+            with Child(tmp_path, *follow) as child:
+                append(log, end)
+                seen("1", "half whole", "late", "new", "old", "new", "while away", "and more", "after", *end.split())
+                child.process.kill()
+            place.write_text(known)  # as if it had been killed before the place was saved: the same lines, with the same ids
+
+
+def test_a_token_is_shown_to_the_service_and_a_missing_one_is_named(tmp_path):
+    (tmp_path / "log").write_text("one\n")
+    with Program(tmp_path / "token.db", "--token", "s3cret") as program:
+        arguments = ("publish", "--url", "127.0.0.1:%d" % program.port, "--topic", "t", str(tmp_path / "log"))
+        assert run(*arguments).returncode == 1 and "401" in run(*arguments).stderr
+        assert run(*arguments, "--token", "s3cret").returncode == run(*arguments, AUTH_TOKEN="s3cret").returncode == 0
+        found = run("drill", "--url", "127.0.0.1:%d" % program.port, "--events", "50", AUTH_TOKEN="s3cret")
+        assert found.returncode == 0, found
+
+
+def test_https_is_spoken_and_the_certificate_is_checked(tmp_path):
+    (tmp_path / "both.pem").write_text(CERTIFICATE)
+    with Program(tmp_path / "tls.db", "--tls-cert", str(tmp_path / "both.pem")) as program:
+        url = "https://localhost:%d" % program.port
+        found = run("health", "--url", url)
+        assert found.returncode == 1 and "certificate verify failed" in found.stdout.lower()
+        found = run("health", "--url", url, SSL_CERT_FILE=str(tmp_path / "both.pem"))
+        assert (found.returncode, found.stdout) == (0, "ok\n")
+
+
+def test_on_a_terminal_progress_is_one_line_that_moves(tmp_path):
+    pty = pytest.importorskip("pty")
+    (tmp_path / "log").write_text("one\n")
+    answers_ = iter([(503, {})] * 3)
+    with Fake(lambda events: next(answers_, taken(events))) as fake:
+        master, slave = pty.openpty()
+        process = subprocess.Popen([sys.executable, PROGRAM, "publish", "--url", fake.url, "--topic", "t", str(tmp_path / "log")],
+                                   stderr=slave, env=clean_environment())
+        os.close(slave)
+        text = b""
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: os.read(master, 1000), b""):
+                text += data
+        os.close(master)
+        assert process.wait(10) == 0
+    assert text.count(b"\r\x1b[K") >= 3 and text.count(b"\n") == 1 and b"waiting" in text and b"1 sent, 1 new" in text
+
+
+# Relay
+
+
+def test_a_relay_passes_on_what_is_there_and_what_comes_in_order_and_unchanged(tmp_path):
+    with Program(tmp_path / "edge.db") as edge, Program(tmp_path / "central.db") as central:
+        events = [sample(str(n), topic=f"logs/{n % 3}", sequence=n, payload={"text": "\u00e9\0" * (n % 50)})
+                  for n in range(1200)]
+        assert fetch(edge.port, "POST", "/publish", events[:1100]).status == 202
+        fetch(edge.port, "POST", "/publish", [sample("no", topic="private")])
+        fetch(central.port, "POST", "/publish", events[7:9])
+        command = ("relay", "--from", "127.0.0.1:%d" % edge.port, "--to", "127.0.0.1:%d" % central.port, "--topic", "logs/*",
+                   "--state", tmp_path / "place")
+
+        def there(port):
+            return [{name: each[name] for name in each if name not in ("seq", "processed_at")} for n in range(3)
+                    for each in stored(port, f"logs/{n}")]
+        with Child(tmp_path, *command) as child:
+            until(lambda: len(there(central.port)) == 1100)
+            fetch(edge.port, "POST", "/publish", events[1100:])
+            until(lambda: len(there(central.port)) == 1200)
+            assert child.end() == 143 and "1,198 new, 2 duplicate" in child.said()
+        assert stored(central.port, "private") == []
+        assert sorted(there(central.port), key=str) == sorted(there(edge.port), key=str)
+        assert json.loads((tmp_path / "place").read_text())["place"] == [1201]
+
+
+def test_a_relay_outlives_kills_of_either_side_with_nothing_lost_doubled_or_out_of_order(tmp_path):
+    chance, kills, count = random.Random(7), int(os.environ.get("RELAY_KILLS", "2")), 0
+    names = ("edge.db", "central.db")
+    sides = [Program(tmp_path / name) for name in names]
+    ports = [each.port for each in sides]
+    try:
+        with Child(tmp_path, "relay", "--from", "127.0.0.1:%d" % ports[0], "--to", "127.0.0.1:%d" % ports[1], "--state",
+                   tmp_path / "place") as child:
+            for kill in range(kills):
+                for _ in range(chance.randrange(5, 15)):
+                    batch = [sample(f"{n}") for n in range(count, count + chance.randrange(1, 300))]
+                    count += len(batch)
+                    assert fetch(ports[0], "POST", "/publish", batch).status == 202
+                side = (kill + 1) % 2
+                sides[side].kill()
+                if kill == 1:
+                    child.process.kill()  # the relay too, once
+                    child.process.wait(10)
+                    child.__init__(tmp_path, *child.process.args[2:])
+                sides[side] = Program(tmp_path / names[side], "--port", str(ports[side]))
+            until(lambda: json.loads(fetch(ports[1], "GET", "/stats").body)["unique_processed"] >= count, 60)
+            assert child.end() == 143
+        for port in ports:
+            assert [each["event_id"] for each in stored(port)] == [str(n) for n in range(count)]
+    finally:
+        for each in sides:
+            each.kill()
+
+
+def test_a_relay_says_what_is_gone_sets_aside_what_is_refused_and_goes_on(tmp_path):
+    def source(target):
+        after = int(re.search("after=([0-9]+)", target)[1])
+        if after < 9:
+            return 410, {"type": "/docs#gone", "oldest_seq": 10}
+        return 200, "\n" + "".join(json.dumps({**sample(str(n)), "seq": n}) + "\n\n" for n in range(after + 1, 20))
+    with Fake(source) as edge, Fake(refuse_thirteen) as central, Child(
+            tmp_path, "relay", "--from", edge.url, "--to", central.url, "--state", tmp_path / "place") as child:
+        until(lambda: central.asked and central.asked[-1][-1]["event_id"] == "19")
+        until(lambda: (tmp_path / "place").exists() and json.loads((tmp_path / "place").read_text())["place"] == [19])
+        until(lambda: "after=19" in edge.asked[-1])
+        assert child.end() == 143 and "GONE: 9 seqs, 1 to 9" in child.said() and "seq 13 refused" in child.said()
+        assert json.loads((tmp_path / "place.refused").read_text())["event_id"] == "13"
+        passed = [int(each["event_id"]) for asked in central.asked if refuse_thirteen(asked)[0] == 202 for each in asked]
+        assert passed == [n for n in range(10, 20) if n != 13]
+
+
+def test_a_relay_that_cannot_go_on_says_why(tmp_path):
+    found = run("relay", "--from", "localhost:1")
+    assert_refused(found, 1, "--to")
+    with Fake(lambda target: (400, {"detail": "ahead of the log"})) as edge:
+        found = run("relay", "--from", edge.url, "--to", edge.url)
+        assert found.returncode == 1 and "ahead of the log" in found.stderr
+
+
+# Drill
+
+
+def test_a_drill_kills_its_service_and_finds_everything_kept(tmp_path):
+    found = run("drill", "--events", "3000", "--batch", "20", "--kill9", "2", TMPDIR=str(tmp_path), PORT="1", RETENTION="1s")
+    assert found.returncode == 0, found
+    for name, value in (("acknowledged", "3,000"), ("stored", "3,000"), ("lost", "0"), ("stored twice", "0"),
+                        ("stored otherwise", "0")):
+        assert re.search(f"^{name} +{value}$", found.stdout, re.M)
+    assert "99 % within" in found.stdout and "events/s" in found.stdout and found.stdout.count("\n") > 12
+    assert int(re.search("([0-9,]+) duplicate", found.stderr)[1].replace(",", "")) > 900 and os.listdir(str(tmp_path)) == []
+
+
+class Leaky:
+    """A service that acknowledges everything, stores by the rules, and is asked to break one of them."""
+
+    def __init__(self, sin):
+        self.rows, self.sin = {}, sin
+
+    def __call__(self, asked):
+        if isinstance(asked, str):
+            topic = asked.partition("topic=")[2]
+            rows = [row for row in self.rows.values() if row["topic"] == topic]
+            if self.sin == "twice" and rows:
+                rows.append(rows[0])
+            return 200, "".join(json.dumps(row) + "\n" for row in (rows[1:] if self.sin == "lost" else rows))
+        for event in asked:
+            if self.sin == "otherwise" and event["payload"]["n"] == 5:
+                event["payload"]["text"] = "other"
+            self.rows.setdefault((event["topic"], event["event_id"]), event)
+        return taken(asked)
+
+
+@pytest.mark.parametrize("sin, table", [
+    ("none", {"lost": "0", "stored twice": "0", "stored otherwise": "0"}), ("lost", {"lost": "7", "stored": "93"}),
+    ("twice", {"stored twice": "7", "lost": "0"}), ("otherwise", {"stored otherwise": "1", "lost": "1"})])
+def test_a_drill_fails_when_something_is_lost_or_stored_twice_or_otherwise(sin, table, capsys):
+    with Fake(Leaky(sin)) as fake:
+        assert client("drill", "--url", fake.url, "--events", 100, "--batch", 7) == (0 if sin == "none" else 1)
+    out = capsys.readouterr().out
+    for name, value in table.items():
+        assert re.search(f"^{name} +{value}$", out, re.M), out
+
+
+def test_a_drill_that_cannot_go_on_says_why(tmp_path):
+    assert_refused(run("drill", "--kill9", "1", "--url", "localhost:1"), 1, "leave out --url")
+    with Fake(lambda asked: (401, {"detail": "no token"})) as fake:
+        found = run("drill", "--url", fake.url, "--events", "10")
+        assert found.returncode == 1 and "no token" in found.stderr and found.stdout == ""
+
+
+# Health
+
+
+def test_health_is_an_exit_status_and_a_reason(site, monkeypatch, capsys):
+    monkeypatch.setattr(aggregator, "HEALTH_TIMEOUT_S", 0.2)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        for url, status, reason in (("127.0.0.1:%d" % site.port, 0, "ok\n"), ("127.0.0.1:1", 1, "refused"),
+                                    ("127.0.0.1:%d" % silent.getsockname()[1], 1, "timed out")):
+            assert client("health", "--url", url) == status
+            assert reason in capsys.readouterr().out
+    for answer, reason in (((503, {"detail": "disk full"}), "503 disk full"), ((200, "<html>"), "200 OK")):
+        with Fake(lambda target, answer=answer: answer) as fake:
+            assert client("health", "--url", fake.url) == 1 and reason in capsys.readouterr().out
+            assert fake.asked == ["/health"]
 
 
 # ======================================================================================================================
