@@ -32,8 +32,9 @@ A section knows only the sections its banner names. Deduplication is §3; who ca
 import os
 import sys
 
-# OpenSSL would come in with asyncio and hashlib and take 7 MB. Whoever wants HTTPS says so, and then it may.
-if __name__ == "__main__" and not os.environ.get("TLS_CERT") and "--tls-" not in " ".join(sys.argv):
+# OpenSSL would come in with asyncio and hashlib and take 4 MB. Whoever wants HTTPS says so, and then it may.
+if __name__ == "__main__" and not any("--tls-" in word or "https:" in word.lower() for word in (
+        *sys.argv, os.environ.get("AGGREGATOR_URL", ""), "--tls-" * ("TLS_CERT" in os.environ))):
     sys.modules["ssl"] = sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 import argparse
