@@ -1291,7 +1291,7 @@ class Histogram:
 
     def add(self, value: float) -> None:
         """Count one observation."""
-        self.counts[sum([bound < value for bound in self.bounds])] += 1
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
 
