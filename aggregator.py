@@ -1990,7 +1990,8 @@ TERMS: Dict[str, Dict[str, Any]] = {
     "follow": _term("1 never ends: what is stored after `after`, in order of seq, then whatever comes", "1", **_FLAG_RULE),
     "after": _term("with `follow`: the seq to begin behind; without it, now", "0", type="string", pattern="^[0-9]{1,18}$"),
     "Last-Event-ID": _term("with `follow`: outranks `after`; browsers send it by themselves", "1", pattern="^[0-9]{1,18}$"),
-    "Idempotency-Key": _term("with `text/plain`: names each event, with its line number; without it names are random", "log-1"),
+    "Idempotency-Key": _term("with `text/plain`: names each event, with its line number; without it names are random", "log-1",
+                             type="string", maxLength=MAX_NAME_BYTES - 2, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$"),
     "payload": _term("what happened, at most 100 levels deep, with numbers that a double can hold", {"n": 1}, type="object"),
     "sequence": _term("optional: the producer's own counter", 7, type=["integer", "null"], minimum=0, maximum=MAX_SEQUENCE),
     "seq": _term("the place in the order of arrival, never given twice", 1, type="integer", minimum=1),
@@ -2394,7 +2395,7 @@ class API:
 
     async def _publish(self, request: Request, peer: str) -> Response:
         wait, explain = _flag(request, "wait", True), _flag(request, "explain", False)
-        listed = explain or _flag(request, "verdicts", False)
+        listed = _flag(request, "verdicts", False) or explain
         if request.head.content_type == "text/plain":
             events = self._text_events(request)
         else:

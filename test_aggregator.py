@@ -2054,6 +2054,7 @@ def test_text_without_a_key_is_new_each_time(desk):
     ("/publish?topic=t&source=s", b"a", ("Content-Type: text/plain", "Idempotency-Key: " + "k" * 300), "invalid-event"),
     ("/publish?topic=t", lines(TWO), (), "bad-parameter"), ("/publish?wait=maybe", lines(TWO), (), "bad-parameter"),
     ("/publish?verdict=1", lines(TWO), (), "bad-parameter"), ("/publish", b"", (), "not-json"),
+    ("/publish?explain=1&verdicts=maybe", lines(TWO), (), "bad-parameter"),
     ("/publish", b"null", (), "invalid-event"), ("/publish", b"[]", (), "invalid-event"),
     ("/publish", b"[" * 100_000, (), "invalid-event"), ("/publish", lines(TWO)[:-1], (), "not-json"),
     ("/publish", lines(TWO) + b"{}", (), "invalid-event"), ("/publish", b'{"topic":"\\ud800"}', (), "invalid-event")])
