@@ -1692,6 +1692,8 @@ def test_the_document_has_every_route_with_all_it_takes_and_answers_and_nothing_
             example = each["schema"]["examples"][0]
             assert not violations(example, each["schema"])
             assert each["schema"].get("default", example) in each["schema"].get("enum", [each["schema"].get("default", example)])
+    open_paths = {tuple(route.path[1:].split("/")) for route in aggregator.ROUTES if "unauthorized" not in route.problems}
+    assert open_paths == set(aggregator.OPEN_PATHS)
     assert len({operation_of(route)["operationId"] for route in aggregator.ROUTES}) == len(aggregator.ROUTES)
 
 

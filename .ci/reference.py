@@ -3,7 +3,6 @@
 reads /openapi.json, and schemathesis asks for all that the document allows and forbids. What cannot be had is skipped with a
 reason. Exit status 1 if anything was found. Nothing stays on the machine. REFERENCE_EXAMPLES: how many for each operation.
 """
-import glob
 import json
 import os
 import re
@@ -13,22 +12,20 @@ import sys
 import tempfile
 import urllib.request
 
-PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "aggregator.py")
+PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "aggregator.py")
 TOKEN = "only-for-this-check"  # with one, schemathesis also looks for answers to those who have none
 HEADER = {"Authorization": "Bearer " + TOKEN}
 
 
 def run(*command, **options):
     """Whether it succeeded, and what it said."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, check=False, **options)
-        return done.returncode == 0, done.stdout.decode("utf-8", "replace").strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return False, str(error)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, check=False, **options)
+    return done.returncode == 0, done.stdout.decode("utf-8", "replace").strip()
 
 
 def report(what, fine, said):
-    print("{}: {}".format(what, said if said or not fine else "nothing found"), flush=True)
+    brief = re.search(".* generated, .*", said)
+    print("{}: {}".format(what, said if not fine else brief[0].strip() if brief else "nothing found"), flush=True)
     return fine
 
 
@@ -38,15 +35,11 @@ def get(url):
 
 
 def promtool(work):
-    """Where it is, if not installed taken out of the Debian package; or (None, why not)."""
+    """Where it is, if not installed then taken out of the Debian package; or (None, why not)."""
     if shutil.which("promtool"):
         return shutil.which("promtool"), ""
-    fetched, said = run("apt-get", "download", "-q", "prometheus", cwd=work)
-    if not fetched and os.geteuid() == 0:
-        run("apt-get", "update", "-q")
-        fetched, said = run("apt-get", "download", "-q", "prometheus", cwd=work)
-    if fetched:
-        fetched, said = run("dpkg-deb", "-x", glob.glob(work + "/*.deb")[0], work + "/deb")
+    script = "apt-get download -q prometheus || (apt-get update -q && apt-get download -q prometheus)"
+    fetched, said = run("sh", "-c", script + " && dpkg-deb -x prometheus*.deb deb", cwd=work)
     return (work + "/deb/usr/bin/promtool" if fetched else None), said
 
 
@@ -68,8 +61,8 @@ def possible(schema):
 
 def narrowed(document, left_out, body):
     copied = json.loads(json.dumps(document))
-    fields, schemas = copied["components"]["schemas"]["event"]["properties"], copied["components"]["schemas"]
-    fields["timestamp"], fields["sequence"] = possible(schemas["timestamp"]), possible(schemas["sequence"])
+    schemas = copied["components"]["schemas"]
+    schemas["event"]["properties"].update({name: possible(schemas[name]) for name in ("timestamp", "sequence")})
     for path, operations in copied["paths"].items():
         for operation in operations.values():
             operation["parameters"] = [possible(each) for each in operation["parameters"]
@@ -87,14 +80,13 @@ def check(url, work):
     if program is None:
         print("skipped: promtool: " + reason[-200:])
     tools, document = work + "/venv/bin/", json.loads(get(url + "/openapi.json").decode())
-    made, reason = run(sys.executable, "-m", "venv", work + "/venv")
-    if made:
-        made, reason = run(tools + "pip", "install", "-q", "openapi-spec-validator", "schemathesis")
+    made, reason = run("sh", "-c", '"$0" -m venv venv && venv/bin/pip install -q openapi-spec-validator schemathesis',
+                       sys.executable, cwd=work)
     if not made:
         print("skipped: openapi-spec-validator and schemathesis: " + reason[-200:])
     fine = True
     for number, each in enumerate([document] + [narrowed(document, *each) for each in COPIES] if made else []):
-        path = "{}/openapi{}.json".format(work, number)
+        path = f"{work}/openapi{number}.json"
         with open(path, "w") as file:
             json.dump(each, file)
         fine = (report("schemathesis", *run(
@@ -109,7 +101,7 @@ def check(url, work):
 def main():
     work = tempfile.mkdtemp()
     with open(work + "/log", "wb") as log:
-        service = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--db", work + "/store.db", "--token", TOKEN], stderr=log)
+        service = subprocess.Popen([sys.executable, PROGRAM, "--port=0", f"--db={work}/store.db", "--token=" + TOKEN], stderr=log)
     try:
         port = None
         while port is None and service.poll() is None:
