@@ -2013,7 +2013,8 @@ TERMS: Dict[str, Dict[str, Any]] = {
     "follow": _term("1 never ends: what is stored after `after`, in order of seq, then whatever comes", "1", **_FLAG_RULE),
     "after": _term("with `follow`: the seq to begin behind; without it, now", "0", type="string", pattern="^[0-9]{1,18}$"),
     "Last-Event-ID": _term("with `follow`: outranks `after`; browsers send it by themselves", "1", pattern="^[0-9]{1,18}$"),
-    "Idempotency-Key": _term("with `text/plain`: names each event, with its line number; without it names are random", "log-1"),
+    "Idempotency-Key": _term("with `text/plain`: names each event, with its line number; without it names are random", "log-1",
+                             type="string", maxLength=MAX_NAME_BYTES - 2, pattern=r"^[^\u0000-\u001f\u007f-\u009f]*$"),
     "payload": _term("what happened, at most 100 levels deep, with numbers that a double can hold", {"n": 1}, type="object"),
     "sequence": _term("optional: the producer's own counter", 7, type=["integer", "null"], minimum=0, maximum=MAX_SEQUENCE),
     "seq": _term("the place in the order of arrival, never given twice", 1, type="integer", minimum=1),
@@ -2029,6 +2030,7 @@ _PROBLEM = {"type": "/docs#invalid-event", "title": "An event is not valid", "st
             " events; nothing was taken", "errors": [{"index": 0, "field": "topic", "message": "is missing"}], "oldest_seq": 1}
 _EVENTS = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/event"}}
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # What can be wrong with any request; with one that finds no route; and with one that writes.
 ANYWHERE = ("bad-request", "bad-parameter", "timeout", "too-large", "target-too-long", "unsupported-encoding",
             "expectation-failed", "misdirected", "headers-too-large", "internal-error", "not-implemented",
@@ -2036,8 +2038,6 @@ ANYWHERE = ("bad-request", "bad-parameter", "timeout", "too-large", "target-too-
 NOWHERE = ("not-found", "method-not-allowed")
 _READING = ("unauthorized", "store-unavailable")
 _WRITING = ("not-json", "forbidden", "invalid-event", "queue-full", "stopping", *_READING)
-
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ROUTES = (
     Route("GET", "/", "index", (), "What this is and where to go", (Answer(200, "the routes", {
@@ -2159,21 +2159,18 @@ def openapi_json() -> bytes:
                 "type": "http", "scheme": "bearer", "description": "needed if the service has a --token"}}}}).encode()
 
 
-def _marked(text: str) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", text.replace("&", "&amp;").replace("<", "&lt;"))
-
-
-def _table(*rows: Sequence[str]) -> str:
-    return "<table>" + "\n".join(["<tr><td>" + "<td>".join(map(_marked, row)) for row in rows]) + "</table>\n"
-
-
-def _links(names: Sequence[str]) -> str:
-    return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
-
-
 @functools.lru_cache(1)
 def docs_html() -> str:
     """The table as the body of an HTML page. The `type` of a problem is a link into it."""
+    def _marked(text: str) -> str:
+        return re.sub("`([^`]+)`", r"<code>\1</code>", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+    def _table(*rows: Sequence[str]) -> str:
+        return "<table>" + "\n".join(["<tr><td>" + "<td>".join(map(_marked, row)) for row in rows]) + "</table>\n"
+
+    def _links(names: Sequence[str]) -> str:
+        return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
+
     parts = [f"<h1>aggregator {__version__}</h1>\n<p>{_links([route.handler for route in ROUTES])}"]
     for route in ROUTES:
         parts.append(f'<h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n' + _table(
@@ -2198,12 +2195,9 @@ def docs_html() -> str:
     return "".join(parts)
 
 
-_LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
-
-
 def metrics_text(rows: Sequence[Tuple[str, str, str, Any]]) -> str:
     """Prometheus text format 0.0.4 of (name, type, help, value). A value is a number; or a label with numbers by its value;
-    or a histogram's bounds, counts (one more than bounds) and sum, None if that is not known.
+    or a histogram's bounds, counts (one more than bounds) and sum, None if it is not known.
 
     >>> metrics_text([("topics", "gauge", "Topics.", ("name", {'a"b': 1}))]).splitlines()[2]
     'aggregator_topics{name="a\\\\"b"} 1'
@@ -2217,7 +2211,8 @@ def metrics_text(rows: Sequence[Tuple[str, str, str, Any]]) -> str:
             samples = {f'_bucket{{le="{bound}"}}': count for bound, count in zip([*value[0], "+Inf"], so_far)}
             samples.update({"_count": so_far[-1], **({} if value[2] is None else {"_sum": value[2]})})
         elif isinstance(value, tuple):
-            samples = {f'{{{value[0]}="{text.translate(_LABEL_ESCAPES)}"}}': number for text, number in value[1].items()}
+            # JSON escapes a quote, a backslash and a newline as this format does, and nothing else that a name can hold.
+            samples = {f"{{{value[0]}={json.dumps(text, ensure_ascii=False)}}}": n for text, n in value[1].items()}
         lines += [f"aggregator_{name}{suffix} {number}" for suffix, number in samples.items()]
     return "\n".join(lines) + "\n"
 
@@ -2417,7 +2412,7 @@ class API:
 
     async def _publish(self, request: Request, peer: str) -> Response:
         wait, explain = _flag(request, "wait", True), _flag(request, "explain", False)
-        listed = explain or _flag(request, "verdicts", False)
+        listed = _flag(request, "verdicts", False) or explain
         if request.head.content_type == "text/plain":
             events = self._text_events(request)
         else:
@@ -2564,7 +2559,7 @@ class API:
 
     async def _metrics(self, request: Request, peer: str) -> Response:
         found, sizes, times = await self._pipeline.stats(), self._pipeline.commit_events, self._pipeline.commit_seconds
-        topics = list(found["topics"].items())[:METRICS_MAX_TOPICS]  # those with most events come first
+        topics, delays = list(found["topics"].items())[:METRICS_MAX_TOPICS], found["duplicate_delay_seconds"].values()
         return Response(200, metrics_text((
             # What waits is not received yet: it may be lost, and a counter must never fall.
             ("events_received_total", "counter", "Events decided.", found["unique_processed"] + found["duplicate_dropped"]),
@@ -2578,8 +2573,7 @@ class API:
             ("queue_limit_events", "gauge", "Events that may wait.", self._pipeline.max_events),
             ("commit_events", "histogram", "Events of a commit.", (sizes.bounds, sizes.counts, sizes.sum)),
             ("commit_duration_seconds", "histogram", "Time of a commit.", (times.bounds, times.counts, times.sum)),
-            ("duplicate_delay_seconds", "histogram", "Age of an event at its repeat; the ages are not added up.",
-             (DELAY_BOUNDS_S, found["duplicate_delay_seconds"].values(), None)),
+            ("duplicate_delay_seconds", "histogram", "Ages of events at repeats.", (DELAY_BOUNDS_S, delays, None)),
             ("subscribers", "gauge", "Live tails.", found["subscribers"]),
             ("connections", "gauge", "Open connections.", self.connections()),
             ("store_bytes", "gauge", "Size of the store with its write-ahead log.", found["store_bytes"]),

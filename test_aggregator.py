@@ -1712,6 +1712,8 @@ def test_the_document_has_every_route_with_all_it_takes_and_answers_and_nothing_
             example = each["schema"]["examples"][0]
             assert not violations(example, each["schema"])
             assert each["schema"].get("default", example) in each["schema"].get("enum", [each["schema"].get("default", example)])
+    open_paths = {tuple(route.path[1:].split("/")) for route in aggregator.ROUTES if "unauthorized" not in route.problems}
+    assert open_paths == set(aggregator.OPEN_PATHS)
     assert len({operation_of(route)["operationId"] for route in aggregator.ROUTES}) == len(aggregator.ROUTES)
 
 
@@ -2074,6 +2076,7 @@ def test_text_without_a_key_is_new_each_time(desk):
     ("/publish?topic=t&source=s", b"a", ("Content-Type: text/plain", "Idempotency-Key: " + "k" * 300), "invalid-event"),
     ("/publish?topic=t", lines(TWO), (), "bad-parameter"), ("/publish?wait=maybe", lines(TWO), (), "bad-parameter"),
     ("/publish?verdict=1", lines(TWO), (), "bad-parameter"), ("/publish", b"", (), "not-json"),
+    ("/publish?explain=1&verdicts=maybe", lines(TWO), (), "bad-parameter"),
     ("/publish", b"null", (), "invalid-event"), ("/publish", b"[]", (), "invalid-event"),
     ("/publish", b"[" * 100_000, (), "invalid-event"), ("/publish", lines(TWO)[:-1], (), "not-json"),
     ("/publish", lines(TWO) + b"{}", (), "invalid-event"), ("/publish", b'{"topic":"\\ud800"}', (), "invalid-event")])

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Hold a running service against its own reference, with other people's tools: promtool reads /metrics, openapi-spec-validator
-reads /openapi.json, and schemathesis asks what the document allows and what it forbids. Whatever cannot be had is skipped
-with a reason; the exit status is 1 if anything was found. Nothing stays on the machine.
+reads /openapi.json, and schemathesis asks for all that the document allows and forbids. What cannot be had is skipped with a
+reason. Exit status 1 if anything was found. Nothing stays on the machine. REFERENCE_EXAMPLES: how many for each operation.
 """
-import glob
 import json
 import os
 import re
@@ -13,71 +12,57 @@ import sys
 import tempfile
 import urllib.request
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-EXAMPLES = os.environ.get("REFERENCE_EXAMPLES", "40")  # for each operation and phase
+PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "aggregator.py")
+TOKEN = "only-for-this-check"  # with one, schemathesis also looks for answers to those who have none
+HEADER = {"Authorization": "Bearer " + TOKEN}
 
 
-def skip(what, reason):
-    print("skipped: {}: {}".format(what, (reason.strip() or "no reason given").splitlines()[-1]), flush=True)
-    return True
+def run(*command, **options):
+    """Whether it succeeded, and what it said."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, check=False, **options)
+    return done.returncode == 0, done.stdout.decode("utf-8", "replace").strip()
 
 
-def quiet(*command, **options):
-    """Run it; (whether it succeeded, what it said)."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, check=False, **options)
-        return done.returncode == 0, done.stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return False, str(error)
+def report(what, fine, said):
+    brief = re.search(".* generated, .*", said)
+    print("{}: {}".format(what, said if not fine else brief[0].strip() if brief else "nothing found"), flush=True)
+    return fine
 
 
-def get(url, path):
-    with urllib.request.urlopen(url + path, timeout=10) as response:
-        return response.read().decode()
+def get(url):
+    with urllib.request.urlopen(urllib.request.Request(url, headers=HEADER), timeout=10) as response:
+        return response.read()
 
 
 def promtool(work):
-    """The program: installed, or out of the Debian package, which is not installed; with the reason if there is none."""
+    """Where it is, if not installed then taken out of the Debian package; or (None, why not)."""
     if shutil.which("promtool"):
         return shutil.which("promtool"), ""
-    fetched, said = quiet("apt-get", "download", "prometheus", cwd=work)
-    if not fetched and os.geteuid() == 0:
-        quiet("apt-get", "update", "-q")
-        fetched, said = quiet("apt-get", "download", "prometheus", cwd=work)
-    if fetched:
-        fetched, said = quiet("dpkg-deb", "-x", glob.glob(work + "/*.deb")[0], work + "/deb")
-    return work + "/deb/usr/bin/promtool" if fetched else None, said
+    script = "apt-get download -q prometheus || (apt-get update -q && apt-get download -q prometheus)"
+    fetched, said = run("sh", "-c", script + " && dpkg-deb -x prometheus*.deb deb", cwd=work)
+    return (work + "/deb/usr/bin/promtool" if fetched else None), said
 
 
-def check_metrics(url, work):
-    program, reason = promtool(work)
-    if program is None:
-        return skip("promtool", reason)
-    fine, said = quiet(program, "check", "metrics", input=get(url, "/metrics").encode())
-    print("promtool check metrics: {}".format(said.strip() or ("nothing found" if fine else "failed")), flush=True)
-    return fine and not said.strip()
+# Where a rule joins two parameters, OpenAPI has no words for it, and what is made up at random would break it: so there are
+# two copies of the document, each with one side of such a rule. In neither are streams, which never end, and NDJSON, which
+# OpenAPI takes for any text.
+STREAM = {"follow", "after", "Last-Event-ID"}
+COPIES = (({"/publish": {"topic", "source", "Idempotency-Key"}, "/events": STREAM | {"cursor"}}, "application/json"),
+          ({"/events": STREAM | {"order"}}, "text/plain"))
 
 
 def possible(schema):
-    """What JSON Schema has no words for, left out: a pattern knows no calendar and no longest age, and 1.0 is an integer. A
-    cursor belongs to an order, here the default."""
+    """Without what JSON Schema cannot forbid: days that the calendar lacks, the longest age, 1.0 as an integer, a cursor of
+    the other order."""
     text = json.dumps(schema).replace("(?:0[1-9]|[12][0-9]|3[01])", "(?:0[1-9]|1[0-9]|2[0-8])").replace("^[ad]-", "^a-")
     text = text.replace("[0-9]{4}-", "[12][0-9]{3}-").replace("[0-9]{1,9}(?:us", "[0-9]{1,4}(?:us")
     return json.loads(text.replace('"type": ["integer", "null"]', '"enum": [null, 0, 7, 9223372036854775807]'))
 
 
-# Where a rule joins two parameters, OpenAPI has no words for it, and what is made up at random would break it: so there are
-# two copies of the document, with one side of each such rule. Streams without end are in neither, and NDJSON neither, for
-# OpenAPI takes it for any text.
-STREAM = {"follow", "after", "Last-Event-ID"}
-COPIES = (({"/publish": {"topic", "source"}, "/events": STREAM | {"cursor"}}, "application/json"),
-          ({"/events": STREAM | {"order"}}, "text/plain"))
-
-
 def narrowed(document, left_out, body):
     copied = json.loads(json.dumps(document))
-    fields, schemas = copied["components"]["schemas"]["event"]["properties"], copied["components"]["schemas"]
-    fields["timestamp"], fields["sequence"] = possible(schemas["timestamp"]), possible(schemas["sequence"])
+    schemas = copied["components"]["schemas"]
+    schemas["event"]["properties"].update({name: possible(schemas[name]) for name in ("timestamp", "sequence")})
     for path, operations in copied["paths"].items():
         for operation in operations.values():
             operation["parameters"] = [possible(each) for each in operation["parameters"]
@@ -86,51 +71,47 @@ def narrowed(document, left_out, body):
     publish["requestBody"]["content"] = {body: publish["requestBody"]["content"][body]}
     for each in publish["parameters"]:
         each["required"] = each["name"] in ("topic", "source")
+    copied["security"] = [{"bearer": []}]  # optional in general, and not here
     return copied
 
 
-def check_document(url, work):
-    document = json.loads(get(url, "/openapi.json"))
-    made, said = quiet(sys.executable, "-m", "venv", work + "/venv")
-    tools = work + "/venv/bin/"
-    if made:
-        made, said = quiet(tools + "pip", "install", "-q", "openapi-spec-validator", "schemathesis")
+def check(url, work):
+    program, reason = promtool(work)
+    if program is None:
+        print("skipped: promtool: " + reason[-200:])
+    tools, document = work + "/venv/bin/", json.loads(get(url + "/openapi.json").decode())
+    made, reason = run("sh", "-c", '"$0" -m venv venv && venv/bin/pip install -q openapi-spec-validator schemathesis',
+                       sys.executable, cwd=work)
     if not made:
-        return skip("openapi-spec-validator and schemathesis", said)
+        print("skipped: openapi-spec-validator and schemathesis: " + reason[-200:])
     fine = True
-    for number, each in enumerate([document] + [narrowed(document, *each) for each in COPIES]):
-        path = "{}/openapi{}.json".format(work, number)
+    for number, each in enumerate([document] + [narrowed(document, *each) for each in COPIES] if made else []):
+        path = f"{work}/openapi{number}.json"
         with open(path, "w") as file:
             json.dump(each, file)
-        command = [tools + "openapi-spec-validator", path] if number == 0 else [
-            tools + "schemathesis", "run", path, "--url", url, "-n", EXAMPLES, "--seed", "1", "--no-color",
-            "--generation-database", "none", "--generation-codec", "ascii"]
-        good, said = quiet(*command, cwd=work)
-        print(said if number or not good else "openapi-spec-validator: nothing found", flush=True)
-        fine = fine and good
+        fine = (report("schemathesis", *run(
+            tools + "schemathesis", "run", path, "--url", url, "-H", "Authorization: " + HEADER["Authorization"], "-n",
+            os.environ.get("REFERENCE_EXAMPLES", "40"), "--seed", "1", "--no-color", "--generation-database", "none", cwd=work))
+            if number else report("openapi-spec-validator", *run(tools + "openapi-spec-validator", path))) and fine
+    if program is not None:  # last, with all the topics that schemathesis has thought of
+        fine = report("promtool", *run(program, "check", "metrics", input=get(url + "/metrics"))) and fine
     return fine
 
 
 def main():
     work = tempfile.mkdtemp()
-    log = open(work + "/log", "w+")
-    service = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(HERE), "aggregator.py"), "--port", "0", "--db",
-                                work + "/store.db"], stderr=log)
+    with open(work + "/log", "wb") as log:
+        service = subprocess.Popen([sys.executable, PROGRAM, "--port=0", f"--db={work}/store.db", "--token=" + TOKEN], stderr=log)
     try:
         port = None
         while port is None and service.poll() is None:
-            port = re.search("LISTENING - http://127.0.0.1:([0-9]+)", open(work + "/log").read())
-        url = "http://127.0.0.1:" + port[1]
-        fine = check_metrics(url, work)
-        fine = check_document(url, work) and fine
-        fine = check_metrics(url, work) and fine  # with all the topics that schemathesis has thought of
-        bugs = [line for line in open(work + "/log") if "a bug while" in line or "Traceback" in line]
-        print("log of the service: {}".format("".join(bugs) or "no bug"))
-        return 0 if fine and not bugs else 1
+            port = re.search(rb"LISTENING - http://[^:]+:([0-9]+)", open(work + "/log", "rb").read())
+        fine = check("http://127.0.0.1:" + port[1].decode(), work)
+        bugs = re.findall("^.*(?:a bug while|Traceback).*$", open(work + "/log", encoding="utf-8").read(), re.M)
+        return 0 if report("log of the service", not bugs, "\n".join(bugs)) and fine else 1
     finally:
         service.terminate()
         service.wait(20)
-        log.close()
         shutil.rmtree(work)
 
 
