@@ -53,8 +53,9 @@ import signal
 import sqlite3
 import time
 import zlib
+from binascii import b2a_base64
 from collections import Counter, deque
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple, NoReturn,
                     Optional, Sequence, Set, Tuple, TypeVar, Union)
 
@@ -102,6 +103,7 @@ FOLLOW_KEEP_ALIVE_S = 15.0  # a silent live tail says that it lives (WHATWG HTML
 FOLLOW_GATHER_S = 0.05  # commits closer together than this wake the followers once
 FOLLOW_SPREAD_S = 0.0001  # each follower answers so much later than the one before: 200 at once would hold up publishers
 FOLLOW_RETRY_MS = 2000  # after which a browser connects again
+TOPICS_SHOWN = 12  # on the page
 STATS_MAX_NAMES = 1000  # topics, and sources, listed by name in GET /stats
 METRICS_MAX_TOPICS = 100  # topics with series of their own in GET /metrics: whoever scrapes keeps each for weeks
 
@@ -2220,8 +2222,253 @@ def metrics_text(rows: Sequence[Tuple[str, str, str, Any]]) -> str:
 # ======================================================================================================================
 # §7  Page: what a browser is shown
 #
+# One document that asks nobody else for anything: its policy obeys only the style and the script whose hashes it names.
+# The numbers are in it, so it reads without JavaScript; the script keeps them moving. Ink is what was stored, carbon blue
+# what came again, red what contradicts. What publishers send is text: escaped here, assigned as text by the script.
+#
 # Knows §1. Pure: numbers in, HTML out.
 # ======================================================================================================================
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; --paper: #f6f7f9; --field: #fff; --ink: #15171e; --soft: #5a6070; --line: #d3d7e1;
+  --red: #b3202c; --carbon: #3846c4; --ghost: #3846c44d; --type: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, monospace }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f111a; --field: #171a27; --ink: #e8eaf3; --soft: #9ba2b8;
+  --line: #2d3246; --red: #ff867f; --carbon: #93a0ff; --ghost: #93a0ff4d } }
+* { box-sizing: border-box; margin: 0 } [hidden], :root:not(.js) .live { display: none !important }
+body { margin: auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 3rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere } a { color: inherit; text-decoration-color: var(--carbon) }
+:focus-visible { outline: 2px solid var(--carbon); outline-offset: 2px } h2 { font-size: 1rem; margin-bottom: .4rem }
+header, .row, .books { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: baseline } nav, .last { margin-left: auto }
+nav a { margin-right: .75rem } dt, label, thead, .soft { color: var(--soft); font-size: .875rem } dd { margin: 0 }
+.d, .duplicate { color: var(--carbon); fill: var(--carbon) } .x, .conflict, .refused, #state.off { color: var(--red) }
+.axis { stroke: var(--line) } svg { width: 100%; height: 12rem; fill: currentColor } text { fill: var(--soft); font-size: .8rem }
+h1, .books dd, .stamp, .books div::before { font: 500 1.5rem var(--type); letter-spacing: -.05em }
+h1, dd.d, .stamp.duplicate { text-shadow: .1em .07em var(--ghost) } .books { gap: 0 1.5rem; margin: 2rem 0 .75rem }
+.books dd { font-size: clamp(1.75rem, 4.4vw, 3.4rem) } .books div { display: grid; align-items: center; gap: 0 1.5rem }
+.books div + div::before { content: "+"; color: var(--soft); grid-row: 2 } .books div:nth-child(2)::before { content: "=" }
+.books div + div dt { grid-column: 2 } #state::before { content: "● " } #state.on::before { color: var(--carbon) }
+progress { appearance: none; display: block; width: 100%; height: .5rem; border: 0; background: var(--line); margin-top: .5rem }
+::-webkit-progress-bar { background: var(--line) } ::-webkit-progress-value { background: var(--carbon) }
+::-moz-progress-bar { background: var(--carbon) } th progress, .books + progress { height: .2rem; margin: 0 0 .5rem }
+section { border-top: 1px solid var(--line); padding-top: .75rem; margin-top: 2rem } table { border-spacing: 0; width: 100% }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.25rem 3rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem } .wide { width: 100% }
+td, th { text-align: left; font-weight: 400; padding: .15rem .75rem .15rem 0; vertical-align: top }
+.sum td, .sum th + th { text-align: right; white-space: nowrap; padding: .15rem 0 .15rem 1ch; font-variant-numeric: tabular-nums }
+.late th { white-space: nowrap } .late .edge td { border-top: 1px dashed var(--carbon); text-align: left; white-space: normal;
+  padding: 0 0 .4rem } button { cursor: pointer } .main { background: var(--ink); color: var(--paper) }
+input, textarea, button { font: inherit; color: inherit; background: var(--field); border: 1px solid var(--soft); width: 100%;
+  border-radius: 3px; padding: .4rem .6rem; min-height: 2.75rem } input, textarea, pre, summary { font: .875rem/1.5 var(--type) }
+form { display: grid; gap: .75rem; grid-template-columns: 1fr 1fr; align-items: end; margin-bottom: .75rem }
+.all { grid-column: 1 / 3 } ol { list-style: none; padding: 0 } pre { white-space: pre-wrap; padding-bottom: .75rem }
+.stamp { display: inline-block; border: 2px solid; border-radius: 4px; padding: 0 .4em; margin: .75rem .75rem .25rem 0;
+  rotate: -2deg; font-size: 1.1rem } #lines li { border-top: 1px solid var(--line) }
+summary { display: grid; cursor: pointer; grid-template-columns: 19ch 14rem 9rem 1fr; gap: 0 1.25rem; padding: .35rem 0 }
+summary span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+@media (max-width: 44rem) { .books { display: grid } .books div:nth-child(n) { grid-template-columns: 1.5rem 1fr auto; gap: 0 }
+  .books dt:nth-child(n) { grid-column: 2 } .books div + div::before { grid-row: 1 } .books div:first-child { order: 1;
+  border-top: 3px double } .books div:nth-child(2)::before { content: "" } summary { grid-template-columns: 19ch 1fr }
+  summary span:last-child { grid-column: 1 / 3 } nav { margin: 0 } }
+"""
+
+_PAGE_BODY = """
+<header><h1>aggregator</h1><p id="state" role="status">{state}</p><nav aria-label="Where to go"><a class="live" href="#publish">
+Publish</a> <a class="live" href="#tail">Live tail</a> <a href="/docs">Reference</a></nav></header><main>
+<form id="key" class="live" hidden><label>Token<input name="token" type="password" autocomplete="off" required pattern="[!-~]+">
+</label><button class="main">Use this token</button></form>
+<dl class="books"><div><dt>received<dd data-n="received"></div><div><dt>unique<dd data-n="unique_processed"></div>
+<div><dt>duplicates<dd class="d" data-n="duplicate_dropped"></div><div><dt>in the queue<dd data-n="current_queue_size"></div></dl>
+{share}<p>The books balance: what is received is stored once, dropped as a duplicate, or still in the queue.
+<b class="x" data-n="conflicts"></b> of the duplicates are conflicts: a known id with other content.</p>
+<section class="live"><div class="row"><h2>Events per second</h2><p><b id="now0"></b> unique</p><p class="d"><b id="now1"></b>
+duplicates</p></div><svg id="plot" role="img" aria-label="Unique events and duplicates of each second"><path/><path
+class="d"/><path class="axis"/><text/></svg><p class="row soft">2 minutes ago<span class="last">now</span></p></section>
+<section><dl class="facts"><div><dt>Queue<dd><b data-n="current_queue_size"></b> of <b data-n="limits.queue_max_size"></b></div>
+<div><dt>Last commit<dd><b data-n="last_commit.events"></b> in <b data-n="last_commit.milliseconds" data-per="1"></b> ms</div>
+<div><dt>Stored<dd><b data-n="stored"></b> in <b data-n="store_bytes" data-per="1000000"></b> MB</div>
+<div><dt>Gaps<dd><b data-n="gaps"></b></div><div><dt>Up<dd><b data-n="uptime_seconds" data-per="3600"></b> h</div></dl></section>
+<div class="two"><section><h2>Topics</h2><table class="sum"><thead><tr><th class="wide">largest of
+<b data-n="topics_total"></b><th>unique<th>duplicates<th>share</thead><tbody id="topics">{topics}</tbody></table></section>
+<section><h2>How late duplicates come</h2><table class="sum late">{delays}</table></section></div>
+<section class="live" hidden><h2>Gaps in the sequence of a source</h2><table><tbody id="gaps"></tbody></table></section>
+<section id="publish" class="live"><div class="two"><div><h2>Publish, and publish again</h2><form id="event"><label>Topic<input
+name="topic" value="demo"></label><label>Source<input name="source" value="this page"></label><label class="all">Event id<input
+name="event_id"></label><label class="all">Payload<textarea name="payload" rows="3">{{"door": "open"}}</textarea></label>
+<button class="main">Publish</button><button type="button" id="fresh">New event id</button></form></div><div><h2>Verdicts</h2>
+<p class="soft">The same id again is a duplicate; the same id with another payload, a conflict.</p><ol id="verdicts"
+aria-live="polite"></ol></div></div></section><section id="tail" class="live"><h2>Live tail</h2><form id="filter"><label>Topic,
+or its start and *<input name="topic" type="search"></label><label>Source<input name="source" type="search"></label><button
+id="pause" type="button" aria-pressed="false">Pause</button><p id="note" class="soft"></p></form><ol id="lines"></ol></section>
+</main>
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+const KEEP = 200, SPAN = 120, TOPICS = 12, SILENCE_MS = 40000;  // events, seconds, topics shown; a live tail speaks every 15 s
+const $ = id => document.getElementById(id), all = query => document.querySelectorAll(query), count = n => n.toLocaleString("en");
+const sleep = ms => new Promise(done => setTimeout(done, ms)), form = id => Object.fromEntries(new FormData($(id)));
+const put = (e, text) => { if (e.textContent !== text) e.textContent = text; };
+const make = (tag, kind, ...parts) => { const e = document.createElement(tag); e.append(...parts), e.className = kind; return e };
+const gauge = (value, max, e = make("progress", "")) => Object.assign(e, {max: max || 1, value, ariaHidden: "true"});
+const rows = (id, table) => $(id).replaceChildren(...table.map(([head, ...cells]) => make("tr", "", make("th", "", ...head),
+  ...cells.map(text => make("td", "", text)))));
+const trouble = error => error.constructor === Error ? error.message : "No answer from the service; asking again";
+let token = "", locked = false, stats, gaps, last = 0, wire = new AbortController(), fault = "", waiting = [], rates = [];
+try { token = sessionStorage.token || ""; } catch {}  // where storage is forbidden, its mention throws
+async function ask(path, options = {}) {
+  const headers = {"Content-Type": "application/json", ...(token && {Authorization: "Bearer " + token})};
+  const answer = await fetch(path, {cache: "no-store", headers, ...options});
+  if (answer.status !== 401) return answer;
+  locked = true, $("key").hidden = false;
+  throw new Error(token ? "This is not the token" : "The service asks for a token");
+}
+function show(now) {
+  for (const e of all("[data-n]")) {
+    const n = e.dataset.n.split(".").reduce((inside, name) => inside && inside[name], now), per = e.dataset.per;
+    if (typeof n === "number") put(e, per ? (n / per).toFixed(1) : count(n));
+  }
+  const delays = now.duplicate_delay_seconds, most = Math.max(...Object.values(delays));
+  for (const e of all("[data-bound]")) gauge(delays[e.dataset.bound], most, e);
+  gauge(now.duplicate_dropped, now.received, $("share"));
+  rows("topics", Object.entries(now.topics).slice(0, TOPICS).map(([name, {unique: u, duplicates: d}]) =>
+    [[name, gauge(d, u + d)], count(u), count(d), (100 * d / (u + d)).toFixed(1) + " %"]));
+}
+function plot(now) {  // one scale for both: unique above the axis, duplicates below it, like a sheet and its carbon copy
+  const passed = (now.at - stats.at) / 1000, rate = name => Math.max(0, now[name] - stats[name]) / passed;
+  const second = [rate("unique_processed"), rate("duplicate_dropped")], {clientWidth: width, clientHeight: height} = $("plot");
+  rates = rates.concat(Array(Math.min(SPAN, Math.round(passed))).fill(second)).slice(-SPAN);
+  const [top, low] = [0, 1].map(side => Math.max(1, ...rates.map(each => each[side]))), power = 10 ** Math.floor(Math.log10(top));
+  const step = width / SPAN, zero = height * .66, scale = Math.min(zero / top, (height - zero) / low);
+  const bars = (side, way) => rates.map((each, i) =>
+    `M${(SPAN - rates.length + i) * step} ${zero}v${way * each[side] * scale}h${step * .7}V${zero}`).join("");
+  const round = power * [5, 2, 1].find(n => n * power <= top), line = zero - round * scale, label = $("plot").lastChild;
+  [bars(0, -1), bars(1, 1), `M0 ${zero}h${width}M0 ${line}h${width}`].forEach((d, i) => all("path")[i].setAttribute("d", d));
+  put(label, count(round) + "/s"), label.setAttribute("y", line - 4);
+  second.forEach((n, i) => put($("now" + i), count(Math.round(n))));
+}
+async function showGaps(n) {
+  const {sources} = await (await ask("/gaps?limit=20")).json(), range = ([from, to]) => from + (to > from ? "–" + to : "");
+  rows("gaps", sources.map(each => [[each.source], count(each.missing_count), each.missing.slice(-20).map(range).join(", ")]));
+  $("gaps").closest("section").hidden = !n, gaps = n;
+}
+async function poll() {
+  for (;; await sleep(1000)) try {
+    if (document.hidden || locked) { wire.abort(); continue; }
+    const answer = await ask("/stats"), now = {...await answer.json(), at: performance.now()};
+    if (!answer.ok) throw new Error(now.detail);
+    if (now.gaps !== gaps) await showGaps(now.gaps);
+    if (stats) plot(now);
+    show(stats = now), put($("state"), "Live"), $("state").className = "on";
+  } catch (error) { put($("state"), trouble(error)), $("state").className = "off"; }
+}
+async function follow() {
+  for (let wait = 250;; await sleep(wait), wait = Math.min(2 * wait, 5000)) try {
+    if (document.hidden || locked || !stats) { wait = 250; continue; }
+    const filter = Object.entries(form("filter")).filter(([, text]) => text), back = filter.length ? 20 * KEEP : KEEP;
+    const after = Math.max(last, stats.unique_processed - back, 0);  // seq counts the unique ones: it begins `back` events ago
+    const query = new URLSearchParams([...filter, ["follow", 1], ["after", after]]), mine = wire = new AbortController();
+    const answer = await ask("/events?" + query, {signal: mine.signal}), problem = answer.ok ? {} : await answer.json();
+    fault = problem.detail || "", last = answer.ok ? last : (problem.oldest_seq || 1) - 1;
+    for (let reader = answer.ok && answer.body.getReader(), text = "", decoder = new TextDecoder(); reader; wait = 250) {
+      const silence = setTimeout(() => mine.abort(), SILENCE_MS), {value, done} = await reader.read();
+      clearTimeout(silence);
+      if (done) break;
+      const lines = (text + decoder.decode(value, {stream: true})).split("\n");
+      text = lines.pop(), waiting = waiting.concat(lines.filter(line => line)).slice(-KEEP);
+      if (waiting.length) last = JSON.parse(waiting[waiting.length - 1]).seq;
+    }
+  } catch (error) { fault = trouble(error); }
+}
+function row(line) {
+  const event = JSON.parse(line), cells = [event.timestamp.slice(0, 19).replace("T", " "), event.topic, event.source,
+    JSON.stringify(event.payload)].map((text, i) => make("span", i === 1 ? "" : "soft", text));
+  // What JavaScript's numbers would change is shown as it came, to the last digit.
+  const whole = JSON.stringify(event) === line ? JSON.stringify(event, null, 2) : line;
+  return make("li", "", make("details", "", make("summary", "", ...cells), make("pre", "", whole)));
+}
+function draw() {
+  const lines = $("lines"), held = $("pause").ariaPressed === "true" || lines.querySelector("[open]");
+  put($("note"), fault || (held ? `Held; ${waiting.length} waiting` : "Following"));
+  if (!held) lines.prepend(...waiting.splice(0).map(row).reverse());  // an open event stays where it is
+  while (lines.children.length > KEEP) lines.lastChild.remove();
+}
+async function publish() {
+  const {payload, ...fields} = form("event");  // the payload goes as typed: the service explains what is wrong with it
+  const body = JSON.stringify({...fields, timestamp: new Date()}).slice(0, -1) + `,"payload":${payload}}`;
+  let kind = "refused", title = "", why, more = "";
+  try {
+    const answer = await ask("/publish?explain=1", {method: "POST", body}), found = await answer.json();
+    const faults = (found.errors || []).map(each => `; ${each.field} ${each.message}`).join("");
+    if (!answer.ok) throw new Error(`${found.title}: ${found.detail}${faults}`);
+    const [{verdict, seq, explanation: e}] = found.events, {events, milliseconds} = found.group;
+    kind = verdict, title = "seq " + seq, why = e.why, more = `key ${e.key}, first seen ` +
+      `${e.seconds_since_first_seen.toFixed(1)} s before; group of ${count(events)} committed in ${milliseconds.toFixed(1)} ms`;
+  } catch (error) { why = trouble(error); }
+  $("verdicts").prepend(make("li", "", make("b", "stamp " + kind, kind), title, make("p", "", why), make("p", "soft", more)));
+  while ($("verdicts").children.length > 5) $("verdicts").lastChild.remove();
+}
+const fresh = () => { $("event").elements.event_id.value = Date.now().toString(36) + Math.random().toString(36).slice(2, 8); };
+const on = (id, kind, act) => $(id).addEventListener(kind, event => { if (kind === "submit") event.preventDefault(); act(); });
+on("event", "submit", publish), on("fresh", "click", fresh), on("filter", "submit", () => {});
+on("filter", "change", () => { last = 0, waiting = [], $("lines").replaceChildren(), wire.abort(); });
+on("pause", "click", () => { $("pause").ariaPressed = $("pause").ariaPressed === "false"; });
+on("key", "submit", () => {
+  token = form("key").token, locked = false, $("key").hidden = true;
+  try { sessionStorage.token = token; } catch {}
+});
+document.documentElement.className = "js", fresh(), poll(), follow(), setInterval(draw, 250);
+"""
+
+_GAUGE = '<progress {} value="{}" max="{}" aria-hidden="true"></progress>'
+_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord('"'): "&quot;"}
+
+
+@functools.lru_cache(None)
+def page_policy() -> str:
+    """The Content-Security-Policy of every `html_document`: nothing from elsewhere, nothing inline but our style and script."""
+    style, script = [b2a_base64(sha256(text.encode()).digest(), newline=False).decode() for text in (PAGE_STYLE, PAGE_SCRIPT)]
+    return (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:;"
+            " form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
+
+
+def html_document(title: str, body: str) -> str:
+    """A document in our style; both are HTML, and may hold PAGE_SCRIPT as a script, but no other."""
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>'
+            f'{title}</title><link rel="icon" href="data:,"><style>{PAGE_STYLE}</style><body>{body}</html>\n')
+
+
+def _delay_rows(delays: Dict[str, int]) -> Iterator[str]:
+    """The histogram, and a line across it where a well-known dedup window ends."""
+    edges = {window: f'<tr class="edge soft"><td colspan="3">{like}: forgets here, and <b data-n="windows.{at}'
+             '.would_have_stored_twice"></b> would be stored twice' for at, (window, like) in enumerate(DEDUP_WINDOWS)}
+    for bound in DELAY_BOUNDS_S + (0,):
+        size, unit = next(each for each in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")) if bound % each[0] == 0)
+        label, name = (f"to {bound // size} {unit}", str(bound)) if bound else ("later", "inf")
+        gauge = _GAUGE.format(f'data-bound="{name}"', delays.get(name, 0), max(delays.values(), default=0) or 1)
+        yield f'<tr><th>{label}<td class="wide">{gauge}<td data-n="duplicate_delay_seconds.{name}">' + edges.get(bound, "")
+
+
+def render_page(stats: Optional[Dict[str, Any]]) -> str:
+    """The page, with the numbers of GET /stats in it; without, if they need a token: the script then asks for it."""
+    found: Dict[str, Any] = stats or {"topics": {}, "duplicate_delay_seconds": {}}
+
+    def number(match: "re.Match[str]") -> str:
+        value: Any = found
+        for name in match[1].split("."):
+            value = value[int(name)] if isinstance(value, list) else value.get(name) if isinstance(value, dict) else None
+        return match[0] + ("–" if value is None else f"{value / int(match[2]):.1f}" if match[2] else f"{value:,}")
+
+    topics = []
+    for name, unique, duplicates in [(name, n["unique"], n["duplicates"]) for name, n in found["topics"].items()][:TOPICS_SHOWN]:
+        gauge = _GAUGE.format("", duplicates, unique + duplicates)
+        topics.append("<tr><th>{}{}<td>{:,}<td>{:,}<td>{:.1f} %".format(
+            name.translate(_ESCAPES), gauge, unique, duplicates, 100 * duplicates / (unique + duplicates)))
+    body = _PAGE_BODY.format(
+        state="The numbers of this moment" if stats else "", topics="".join(topics),
+        delays="".join(_delay_rows(found["duplicate_delay_seconds"])),
+        share=_GAUGE.format('id="share"', found.get("duplicate_dropped", 0), found.get("received") or 1))
+    body = re.sub(r'data-n="([a-z0-9_.]+)"(?: data-per="([0-9]+)")?>', number, body)
+    return html_document("aggregator", f"{body}<script>{PAGE_SCRIPT}</script>")
 
 
 # ======================================================================================================================
@@ -2265,6 +2512,13 @@ def parse_duration(text: str) -> int:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+
+
+def html_response(html: str) -> Response:
+    """A page for a browser, which may obey no other style and script than ours."""
+    return Response(200, html.encode("utf-8"), "text/html; charset=utf-8", (
+        ("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-store"), ("Vary", "Accept")))
 
 
 def problem_details(error: HTTPError) -> Response:
@@ -2407,6 +2661,11 @@ class API:
         return Response(204, headers=headers)
 
     async def _index(self, request: Request, peer: str) -> Response:
+        if _accepts(request, "text/html"):
+            numbers = None
+            with contextlib.suppress(Unavailable):  # the page comes anyway, says so, and asks again
+                numbers = None if self.access.token else await self._numbers()
+            return html_response(render_page(numbers))
         return Response(200, _json({"service": "aggregator", "version": __version__, "routes": [
                 {"method": route.method, "path": route.path, "summary": route.summary} for route in ROUTES]}))
 
@@ -2553,9 +2812,11 @@ class API:
         return Response(200, _json({"count": len(found), "sources": found}))
 
     async def _stats(self, request: Request, peer: str) -> Response:
-        found = await self._pipeline.stats()
-        return Response(200, _json({**found, "uptime_seconds": round((self._clock() - self._started) / 1e6, 3),
-                                    "version": __version__, "limits": self._limits}))
+        return Response(200, _json(await self._numbers()))
+
+    async def _numbers(self) -> Dict[str, Any]:
+        return {**await self._pipeline.stats(), "uptime_seconds": round((self._clock() - self._started) / 1e6, 3),
+                "version": __version__, "limits": self._limits}
 
     async def _metrics(self, request: Request, peer: str) -> Response:
         found, sizes, times = await self._pipeline.stats(), self._pipeline.commit_events, self._pipeline.commit_seconds
