@@ -92,8 +92,8 @@ def imports_of(nodes):
 def test_only_the_standard_library_is_imported():
     at_once = imports_of(TREE.body)
     assert at_once == {(name, 0) for name in (
-        "argparse", "asyncio", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "functools", "gc",
-        "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib")}
+        "argparse", "asyncio", "binascii", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "functools",
+        "gc", "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib")}
     assert imports_of(ast.walk(TREE)) - at_once == {(name, section) for section in LAZY for name in LAZY[section]}
     assert "dependencies = []" in SOURCE
 
@@ -143,7 +143,7 @@ def test_importing_does_no_work():
 
 
 def test_the_file_stays_small_and_its_functions_short():
-    assert SOURCE.count("\n") <= 3900
+    assert SOURCE.count("\n") <= 4100
     assert max(len(line) for line in SOURCE.split("\n")) <= 130
     sizes = sorted(node.end_lineno - node.lineno + 1 for node in ast.walk(TREE)
                    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
