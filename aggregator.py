@@ -153,7 +153,7 @@ ROTATED_QUIET_S = 1.0  # a rotated file is left when nothing came for so long: i
 TICK_S = 0.2  # how often progress is shown on a terminal
 PROGRESS_S = 10.0  # and elsewhere
 DRILL_TOPICS = 7
-DRILL_PATIENCE_S = 20.0  # without an answer
+DRILL_PATIENCE_S = 60.0  # without an answer
 
 # One row for each way of saying no: its name (the fragment of the problem type), its status, its title (RFC 9457), and when
 # it is said and what to do.
@@ -3211,7 +3211,8 @@ def parse_address(text: str) -> Any:
     from urllib.parse import urlsplit
     with contextlib.suppress(ValueError):
         parts = urlsplit(text if "://" in text else "http://" + text)
-        if parts.scheme in ("http", "https") and re.fullmatch('[!"$->A-~]+', text) and parts.hostname and parts.port != 0:
+        if (parts.scheme in ("http", "https") and re.fullmatch('[!"$->A-~]+', text) and (parts.hostname or "").encode("idna")
+                and parts.port != 0):
             return parts
     raise ValueError("must be an address such as http://127.0.0.1:8000 or https://example.org/logs")
 
@@ -3268,6 +3269,8 @@ class Remote:
             for data in iter(lambda: response.read1(READ_BYTES), b""):
                 *whole, rest = (rest + data).split(b"\n")
                 yield [line for line in whole if line]  # an empty one only says that the service is alive
+                if len(rest) > 16 * MAX_BODY_BYTES:
+                    raise ClientError(f"{self._address.geturl()}: sends a line that does not end")
         except http.client.HTTPException as error:
             raise OSError(f"{self._address.geturl()}: {error!r}")
         finally:
@@ -3325,7 +3328,8 @@ class Report:
 
     def settle(self, items: Sequence[Item], outcome: Outcome) -> None:
         """Count what was delivered. What was refused is aside before the place moves behind it. Raises OSError."""
-        self.counts.update(sent=len(items), refused=len(outcome.refused), **dict(list(outcome._asdict().items())[:3]))
+        self.counts.update(sent=len(items), new=outcome.new, duplicate=outcome.duplicate, conflict=outcome.conflict,
+                           refused=len(outcome.refused))
         for index, reason in sorted(outcome.refused.items()):
             self.tell(f"{self._what} {items[index][1]} refused: {reason}")
             if self._state:
@@ -3432,9 +3436,10 @@ def _holds(file: Any, place: Place) -> bool:
 
 def _open(path: Any, place: Place, follow: bool, step: int) -> Tuple[Any, Place]:
     """The file that `place` is in, whatever a rotation calls it now; else the present one, from its start."""
-    for entry in os.scandir(os.path.dirname(os.path.abspath(path))) if place.inode else ():
-        if entry.inode() == place.inode:
-            file = open(entry.path, "rb", buffering=0)
+    folder = os.scandir(os.path.dirname(os.path.realpath(path))) if place.inode else ()
+    for name in [path] * bool(place.inode) + [entry.path for entry in folder if entry.inode() == place.inode]:
+        with contextlib.suppress(OSError):
+            file = open(name, "rb", buffering=0)
             if _holds(file, place):
                 file.seek(place.offset)
                 return file, place
@@ -3537,6 +3542,8 @@ def relay(settings: Dict[str, Any]) -> int:
                 after = oldest - 1
             except OSError as error:
                 report.waits(str(error))
+            except (ValueError, KeyError, TypeError):
+                raise ClientError("{}: sends no events in NDJSON".format(settings["from"].geturl()))
             time.sleep(BACKOFF_S)  # `ask` backs off by itself; this is for a service that answers and then breaks off
 
     return _carry(read(first), Remote(settings["to"], settings["token_to"], report.waits), report, RELAY_EVENTS)
@@ -3606,10 +3613,12 @@ class _Load(Report):
         for name, value in (("acknowledged", sum(self.acknowledged)), ("stored", self.count - found.count(0)), ("lost", lost),
                             ("stored twice", found.count(2)), ("stored otherwise", strange)):
             print(f"{name:<17}{value:>11,}")
-        self.seconds.sort()
-        for share in (50, 75, 90, 95, 99, 100):  # one # for each doubling
-            milliseconds = self.seconds[(len(self.seconds) - 1) * share // 100] * 1000
-            print(f"{share:>3} % within{milliseconds:>16,.1f} ms  " + "####" * int(milliseconds).bit_length())
+        took_ms = sorted(each * 1000 for each in self.seconds)
+        print("latency          " + ", ".join(f"{took_ms[(len(took_ms) - 1) * share // 100]:,.1f} ms ({share} %)"
+                                              for share in (50, 90, 99, 100)))
+        buckets = Counter(int(each).bit_length() for each in took_ms)  # bucket k: less than 2^k ms
+        for k in range(min(buckets), max(buckets) + 1):
+            print(f"  < {2 ** k:>6,} ms{buckets[k]:>15,} " + "#" * -(-48 * buckets[k] // max(buckets.values())))
         return lost + found.count(2) + strange + self.counts["refused"]
 
 
