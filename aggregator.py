@@ -810,12 +810,12 @@ class Store:
         _require(os.access(folder, os.W_OK) and (os.access(path, os.W_OK) or not os.path.exists(path)),
                  f"{path} or its folder is read-only: the user that runs the aggregator must own both")
         _check_header(path)
-        self._owner = _own(path)
+        self._owner = self._db = _own(path)
         try:
             self._db = _connect(path)
             self._open(full_sync)
         except (sqlite3.Error, StoreError, LookupError, OSError, TypeError, ValueError) as error:  # the last three: damage
-            self._owner.close()
+            self.close()
             _require(not isinstance(error, StoreError), str(error))
             raise StoreError(f"cannot use {path}: {error}; SQLite needs its JSON functions, and a damaged file has to be moved"
                              " away or restored from a copy")

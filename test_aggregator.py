@@ -30,6 +30,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -971,6 +972,34 @@ def test_a_clock_that_is_set_back_an_hour_stops_neither_duplicates_nor_retention
     assert sound(path) == []
 
 
+@contextlib.contextmanager
+def as_somebody_else():
+    """For root nothing is read-only."""
+    if os.geteuid():
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("what, mode", [("", 0o555), ("s.db", 0o444)])
+def test_a_read_only_file_or_folder_is_refused_with_a_reason(what, mode):
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which is its owner's alone
+        path = os.path.join(folder, "s.db")
+        aggregator.Store(path).close()
+        for name in (folder, path, path + "-owner"):
+            if not os.geteuid():
+                os.chown(name, 65534, -1)
+        os.chmod(os.path.join(folder, what), mode)
+        with as_somebody_else(), pytest.raises(aggregator.StoreError, match="is read-only: the user that runs"):
+            aggregator.Store(path)
+        os.chmod(folder, 0o755)
+        assert sound(path) == []
+
+
 def test_a_foreign_reader_makes_the_wal_grow_and_is_warned_of_until_it_ends(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(aggregator, "WAL_WARN_BYTES", 1_000_000)
     monkeypatch.setattr(aggregator, "CHECKPOINT_PAGES", 50)
@@ -996,10 +1025,10 @@ def test_a_damaged_file_is_refused_or_fails_with_a_reason_and_nothing_else(tmp_p
     rng, path, refused, failed = random.Random(seed), str(tmp_path / "s.db"), 0, 0
     with contextlib.closing(aggregator.Store(path)) as opened:
         for i in range(0, 1500, 50):
-            opened.commit([event(k, "ab"[k % 2], timestamp=NOW + k) for k in range(i, i + 50)], NOW + i)
+            opened.commit([event(k, "ab"[k % 2], timestamp=NOW + k)._replace(sequence=k * k) for k in range(i, i + 50)], NOW + i)
     with open(path, "rb") as file:
         whole = file.read()
-    for number in range(int(os.environ.get("DAMAGE_ROUNDS", "60"))):
+    for number in range(int(os.environ.get("DAMAGE_ROUNDS", "40"))):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 5, 50))):
             at, size = rng.randrange(100, len(data)), rng.choice((1, 8, 100, 4096))
@@ -1013,18 +1042,21 @@ def test_a_damaged_file_is_refused_or_fails_with_a_reason_and_nothing_else(tmp_p
             refused += 1
             continue
         with contextlib.closing(opened), contextlib.closing(aggregator.Reader(path)) as reader:
+            again = [event(i, "a")._replace(sequence=i) for i in range(0, 3000, 7)]
             for act, *arguments in (
-                    (opened.commit, [event(i, "a") for i in range(0, 3000, 7)], NOW), (opened.probe,), (reader.stats,),
-                    (opened.tidy, NOW + 2000), (opened.locate, "a", "10"), (reader.page, aggregator.EventQuery("a")),
-                    (reader.event, 20), (reader.page, aggregator.EventQuery(source="s", descending=True))):
+                    (opened.commit, again, NOW), (opened.probe,), (opened.tidy, NOW + 2000), (opened.locate, "a", "10"),
+                    (reader.stats,), (reader.event, 20), (reader.gaps, None, 10), (reader.tail, aggregator.EventQuery(), 10),
+                    (reader.page, aggregator.EventQuery("a")),
+                    (reader.page, aggregator.EventQuery(source="s", descending=True))):
                 try:
                     act(*arguments)
                 except aggregator.StoreFailed as error:
                     assert str(error)
                     failed += 1
-                except BaseException:
+                except Exception as error:  # the pipeline takes any failure of a commit or of retention
                     print("seed", seed, "number", number)
-                    raise
+                    assert act in (opened.commit, opened.tidy), repr(error)
+                    failed += 1
         with contextlib.suppress(aggregator.StoreError):
             assert all(sentence for _, sentence in aggregator.check_store(path))
     assert refused + failed
