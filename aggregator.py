@@ -2043,7 +2043,8 @@ _WRITING = ("not-json", "forbidden", "invalid-event", "queue-full", "stopping", 
 
 ROUTES = (
     Route("GET", "/", "index", (), "What this is and where to go", (Answer(200, "the routes", {
-        "service": "aggregator", "version": __version__, "routes": [{"method": "GET", "path": "/", "summary": "This"}]}),)),
+        "service": "aggregator", "version": __version__, "routes": [{"method": "GET", "path": "/", "summary": "This"}]}),
+        Answer(200, "a page, for browsers", "…", "text/html; charset=utf-8"))),
     Route("POST", "/publish", "publish", ("wait", "verdicts", "explain", "topic", "source"), "Publish one event or many", (
         Answer(202, "on disk", {**_COUNTS, "unique": 1, "duplicates": 0}),
         Answer(202, "queued", {"status": "accepted", "accepted": 1, "stored": False}, query="?wait=0"),
@@ -2118,8 +2119,9 @@ def _schema(example: Any, name: str = "") -> Dict[str, Any]:
 
 def _meanings(route: Route) -> List[Tuple[str, str, Dict[str, Any]]]:
     """The parameters of a route: name, place, and what it means there."""
-    return [(name, place, TERMS.get(f"{route.method} {name}", TERMS[name])) for place, names in (
-        ("path", re.findall(r"{(\w+)}", route.path)), ("query", route.parameters), ("header", route.headers)) for name in names]
+    places = (("path", re.findall(r"{(\w+)}", route.path)), ("query", route.parameters), ("header", route.headers))
+    return [(name, place, TERMS.get((route.method + " ") * (place == "query") + name, TERMS[name]))
+            for place, names in places for name in names]
 
 
 def sample_request(route: Route, answer: Answer) -> Tuple[str, Dict[str, str], str]:
@@ -2161,40 +2163,43 @@ def openapi_json() -> bytes:
                 "type": "http", "scheme": "bearer", "description": "needed if the service has a --token"}}}}).encode()
 
 
+_SPELLING = {"path": "`{{{0}}}`", "query": "`?{0}={1}`", "header": "`{0}: {1}`"}
+
+
 @functools.lru_cache(1)
 def docs_html() -> str:
     """The table as the body of an HTML page. The `type` of a problem is a link into it."""
     def _marked(text: str) -> str:
         return re.sub("`([^`]+)`", r"<code>\1</code>", text.replace("&", "&amp;").replace("<", "&lt;"))
 
-    def _table(*rows: Sequence[str]) -> str:
-        return "<table>" + "\n".join(["<tr><td>" + "<td>".join(map(_marked, row)) for row in rows]) + "</table>\n"
+    def _table(rows: Sequence[Tuple[str, str]]) -> str:
+        return "<table>" + "".join([f"<tr><th>{_marked(name)}<td>{_marked(meaning)}\n" for name, meaning in rows]) + "</table>\n"
 
     def _links(names: Sequence[str]) -> str:
         return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
 
-    parts = [f"<h1>aggregator {__version__}</h1>\n<p>{_links([route.handler for route in ROUTES])}"]
+    parts = ["<h1>aggregator</h1>\n<p>", _links([route.handler for route in ROUTES]), ', <a href="#problems">problems</a>']
     for route in ROUTES:
-        parts.append(f'<h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n' + _table(
-            *[(f"`{name}`", place, term["description"], f"`{term['examples'][0]}`") for name, place, term in _meanings(route)],
-            *[(f"`{media_type}`", "body", schema["description"]) for media_type, schema in route.bodies.items()]))
+        parts.append(f'<section><h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n')
+        parts.append(_table([(_SPELLING[place].format(name, term["examples"][0]), term["description"])
+                             for name, place, term in _meanings(route)]
+                            + [(f"`{media_type}`", schema["description"]) for media_type, schema in route.bodies.items()]))
         for answer in route.answers:
             target, fields, body = sample_request(route, answer)
             words = ["curl -sN" if "follow" in answer.query else "curl -s", f"'localhost:8000{target}'"]
             words += ["-X PUT"] * (route.method == "PUT") + [f"-d '{body}'"] * bool(body)
-            curl = " ".join(words + [f"-H '{name}: {value}'" for name, value in fields.items()])
-            parts.append(f"<p>{answer.status}, {answer.meaning}:<pre>{_marked(curl)}\n{_marked(_wire(answer.example))}</pre>\n")
-        if route.bodies:
-            raw = encode_response(Response(answer.status, _wire(answer.example).encode()), http_date(0), True).decode()
-            parts.append(f"<p>This one on the wire:<pre>{route.method} {target} HTTP/1.1\nHost: localhost:8000\n"
-                         f"Content-Length: {len(body)}\n\n{_marked(body)}\n\n{_marked(raw)}</pre>\n")
-        parts.append("<p>Problems: " + _links(route.problems) if route.problems else "")
-    parts.append("<p>Any request may also meet: " + _links(ANYWHERE + NOWHERE))
-    parts.append("\n<h2>An event</h2>\n" + _table(*[(f"`{name}`", TERMS[name]["description"]) for name in _EVENT]))
-    parts.append("<h2>Problems</h2>\n<dl>\n" + "".join([
-        f'<dt id="{name}"><code>{name}</code> {status}: {title}<dd>{_marked(advice)}\n'
-        for name, (status, title, advice) in PROBLEMS.items()]) + "</dl>\n")
-    return "".join(parts)
+            curl, received = " ".join(words + [f"-H '{name}: {value}'" for name, value in fields.items()]), _wire(answer.example)
+            parts.append(f"<p>{answer.status}, {answer.meaning}:<pre>{_marked(curl)}\n{_marked(received)}</pre>\n")
+            if route.bodies and answer is route.answers[0]:
+                raw = encode_response(Response(answer.status, received.encode()), http_date(1_767_268_800), True).decode()
+                parts.append(f"<p>The same on the wire:<pre>{route.method} {target} HTTP/1.1\nHost: localhost:8000\n"
+                             f"Content-Length: {len(body)}\n\n{_marked(body)}\n\n{_marked(raw)}</pre>\n")
+        parts.append(("<p>Problems: " + _links(route.problems) if route.problems else "") + "</section>\n")
+    parts.append("<section><h2>An event</h2>\n" + _table([(f"`{name}`", TERMS[name]["description"]) for name in _EVENT]))
+    parts.append('</section>\n<section><h2 id="problems">Problems</h2>\n<p>Any request may meet: ' + _links(ANYWHERE + NOWHERE))
+    parts += [f'<dl id="{name}"><dt><code>{name}</code> {status}: {title}<dd>{_marked(advice)}</dl>\n'
+              for name, (status, title, advice) in PROBLEMS.items()]
+    return "".join(parts) + "</section>\n"
 
 
 def metrics_text(rows: Sequence[Tuple[str, str, str, Any]]) -> str:
@@ -2253,6 +2258,7 @@ progress { appearance: none; display: block; width: 100%; height: .5rem; border:
 section { border-top: 1px solid var(--line); padding-top: .75rem; margin-top: 2rem } table { border-spacing: 0; width: 100% }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.25rem 3rem }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem } .wide { width: 100% }
+th code { white-space: nowrap }
 td, th { text-align: left; font-weight: 400; padding: .15rem .75rem .15rem 0; vertical-align: top }
 .sum td, .sum th + th { text-align: right; white-space: nowrap; padding: .15rem 0 .15rem 1ch; font-variant-numeric: tabular-nums }
 .late th { white-space: nowrap } .late .edge td { border-top: 1px dashed var(--carbon); text-align: left; white-space: normal;
@@ -2842,8 +2848,7 @@ class API:
             ("build_info", "gauge", "What is running.", ("version", {__version__: 1})))).encode("utf-8"), METRICS_TYPE)
 
     async def _docs(self, request: Request, peer: str) -> Response:
-        return Response(200, ('<!doctype html><html lang="en"><meta charset="utf-8"><title>aggregator: reference</title>'
-                              + docs_html() + "</html>").encode("utf-8"), "text/html; charset=utf-8")
+        return html_response(html_document("aggregator: reference", docs_html()))
 
     async def _openapi(self, request: Request, peer: str) -> Response:
         return Response(200, openapi_json())

@@ -1748,6 +1748,8 @@ def test_the_document_has_every_route_with_all_it_takes_and_answers_and_nothing_
             example = each["schema"]["examples"][0]
             assert not violations(example, each["schema"])
             assert each["schema"].get("default", example) in each["schema"].get("enum", [each["schema"].get("default", example)])
+    for path, ruled in (("/events", False), ("/events/{topic}/{event_id}", True)):  # a topic to filter by, and one to name
+        assert ("pattern" in DOCUMENT["paths"][path]["get"]["parameters"][0]["schema"]) == ruled
     open_paths = {tuple(route.path[1:].split("/")) for route in aggregator.ROUTES if "unauthorized" not in route.problems}
     assert open_paths == set(aggregator.OPEN_PATHS)
     assert len({operation_of(route)["operationId"] for route in aggregator.ROUTES}) == len(aggregator.ROUTES)
@@ -1766,7 +1768,7 @@ def test_every_problem_is_said_somewhere_and_has_an_anchor_that_says_what_to_do(
     assert {tag for tag, _ in tags} & {"script", "img", "link", "iframe", "object"} == set()
     assert links <= {"#" + anchor for anchor in anchors}  # all of it is here: it works offline
     for name, (status, title, advice) in aggregator.PROBLEMS.items():
-        described = html.unescape(re.sub("<[^>]+>", "", DOCS.partition(f'id="{name}"')[2].partition("<dt")[0]))
+        described = html.unescape(re.sub("<[^>]+>", "", DOCS.partition(f'id="{name}"')[2].partition("</dl>")[0]))
         assert str(status) in described and title in described and advice.replace("`", "") in described
 
 
