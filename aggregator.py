@@ -2163,9 +2163,6 @@ def openapi_json() -> bytes:
                 "type": "http", "scheme": "bearer", "description": "needed if the service has a --token"}}}}).encode()
 
 
-_SPELLING = {"path": "`{{{0}}}`", "query": "`?{0}={1}`", "header": "`{0}: {1}`"}
-
-
 @functools.lru_cache(1)
 def docs_html() -> str:
     """The table as the body of an HTML page. The `type` of a problem is a link into it."""
@@ -2178,10 +2175,11 @@ def docs_html() -> str:
     def _links(names: Sequence[str]) -> str:
         return ", ".join([f'<a href="#{name}">{name}</a>' for name in names])
 
+    spelling = {"path": "`{{{0}}}`", "query": "`?{0}={1}`", "header": "`{0}: {1}`"}
     parts = ["<h1>aggregator</h1>\n<p>", _links([route.handler for route in ROUTES]), ', <a href="#problems">problems</a>']
     for route in ROUTES:
         parts.append(f'<section><h2 id="{route.handler}"><code>{route.method} {route.path}</code></h2>\n<p>{route.summary}.\n')
-        parts.append(_table([(_SPELLING[place].format(name, term["examples"][0]), term["description"])
+        parts.append(_table([(spelling[place].format(name, term["examples"][0]), term["description"])
                              for name, place, term in _meanings(route)]
                             + [(f"`{media_type}`", schema["description"]) for media_type, schema in route.bodies.items()]))
         for answer in route.answers:
