@@ -4553,7 +4553,7 @@ def test_after_a_long_mixed_load_memory_and_file_are_flat_and_the_books_balance(
                 json.loads(line)
 
         def stream_slowly(rng):
-            ask = http_request("GET", "/events", b"", "Accept: application/x-ndjson")
+            ask = http_request("GET", "/events", b"", "Accept: application/x-ndjson", "Connection: close")
             with contextlib.closing(dial(port, ask, receive_bytes=4096)) as sock:
                 for _ in range(200):
                     if over.is_set() or not sock.recv(20_000):
