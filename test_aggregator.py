@@ -4298,6 +4298,8 @@ def test_500_slow_clients_do_not_slow_a_publisher(tmp_path):
                     assert response.status == 202 and response.read()
                     taken.append(time.monotonic() - began)
                 figures.append(sorted(taken)[len(taken) * 99 // 100] * 1000)
+                if figures[-1] < 50:
+                    break  # else the machine may have been busy with something else
             print("p99 of a publish beside 500 slow clients: {:.1f} ms; memory at most {:.0f} MB".format(
                 min(figures), memory_mb(program.process.pid)))
             assert min(figures) < 50
