@@ -3048,6 +3048,8 @@ class Server:
 
     def _hold(self, connection: _Connection, size: int) -> None:
         """Have `size` bytes count as kept in memory for `connection`, and make room if all together keep too much."""
+        if size <= READ_BYTES:
+            return  # too little to look at all others for
         connection.held = size
         for oldest in sorted([each for each in self._connections if each.held], key=lambda each: each.since):
             if sum([each.held for each in self._connections]) <= max(BUFFERS_MAX_BYTES, 2 * self._max_body):
@@ -3126,7 +3128,7 @@ class Server:
         writer, body = connection.writer, response.body
         head_only, http_1_0 = request.head.method == "HEAD", request.head.http_1_0
         keep_alive = keep_alive and (isinstance(body, bytes) or not http_1_0)
-        if isinstance(body, bytes) and len(body) > READ_BYTES:
+        if isinstance(body, bytes):
             self._hold(connection, 2 * len(body))  # once here, once in the transport
         writer.write(encode_response(response, self._now(), keep_alive, head_only, http_1_0))
         if not isinstance(body, bytes) and not head_only:

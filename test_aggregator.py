@@ -4312,6 +4312,8 @@ def test_500_slow_clients_do_not_slow_a_publisher(tmp_path):
                     assert response.status == 202 and response.read()
                     taken.append(time.monotonic() - began)
                 figures.append(sorted(taken)[len(taken) * 99 // 100] * 1000)
+                if figures[-1] < 50:
+                    break  # else the machine may have been busy with something else
             print("p99 of a publish beside 500 slow clients: {:.1f} ms; memory at most {:.0f} MB".format(
                 min(figures), memory_mb(program.process.pid)))
             assert min(figures) < 50
@@ -4567,7 +4569,7 @@ def test_after_a_long_mixed_load_memory_and_file_are_flat_and_the_books_balance(
                 json.loads(line)
 
         def stream_slowly(rng):
-            ask = http_request("GET", "/events", b"", "Accept: application/x-ndjson")
+            ask = http_request("GET", "/events", b"", "Accept: application/x-ndjson", "Connection: close")
             with contextlib.closing(dial(port, ask, receive_bytes=4096)) as sock:
                 for _ in range(200):
                     if over.is_set() or not sock.recv(20_000):
