@@ -2253,10 +2253,9 @@ h1, dd.d, .stamp.duplicate { text-shadow: .1em .07em var(--ghost) } .books { gap
 progress { appearance: none; display: block; width: 100%; height: .5rem; border: 0; background: var(--line); margin-top: .5rem }
 ::-webkit-progress-bar { background: var(--line) } ::-webkit-progress-value { background: var(--carbon) }
 ::-moz-progress-bar { background: var(--carbon) } th progress, .books + progress { height: .2rem; margin: 0 0 .5rem }
-section { border-top: 1px solid var(--line); padding-top: .75rem; margin-top: 2rem } table { border-spacing: 0; width: 100% }
+section { border-top: 1px solid var(--line); padding-top: .75rem; margin-top: 2rem } th code { overflow-wrap: normal }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.25rem 3rem }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem } .wide { width: 100% }
-th code { white-space: nowrap }
 td, th { text-align: left; font-weight: 400; padding: .15rem .75rem .15rem 0; vertical-align: top }
 .sum td, .sum th + th { text-align: right; white-space: nowrap; padding: .15rem 0 .15rem 1ch; font-variant-numeric: tabular-nums }
 .late th { white-space: nowrap } .late .edge td { border-top: 1px dashed var(--carbon); text-align: left; white-space: normal;
@@ -2264,7 +2263,8 @@ td, th { text-align: left; font-weight: 400; padding: .15rem .75rem .15rem 0; ve
 input, textarea, button { font: inherit; color: inherit; background: var(--field); border: 1px solid var(--soft); width: 100%;
   border-radius: 3px; padding: .4rem .6rem; min-height: 2.75rem } input, textarea, pre, summary { font: .875rem/1.5 var(--type) }
 form { display: grid; gap: .75rem; grid-template-columns: 1fr 1fr; align-items: end; margin-bottom: .75rem }
-.all { grid-column: 1 / 3 } ol { list-style: none; padding: 0 } pre { white-space: pre-wrap; padding-bottom: .75rem }
+.all { grid-column: 1 / 3 } ol { list-style: none; padding: 0 } table { border-spacing: 0; width: 100% }
+pre { white-space: pre-wrap; border-left: 2px solid var(--line); padding-left: .75rem; margin: .25rem 0 .75rem }
 .stamp { display: inline-block; border: 2px solid; border-radius: 4px; padding: 0 .4em; margin: .75rem .75rem .25rem 0;
   rotate: -2deg; font-size: 1.1rem } #lines li { border-top: 1px solid var(--line) }
 summary { display: grid; cursor: pointer; grid-template-columns: 19ch 14rem 9rem 1fr; gap: 0 1.25rem; padding: .35rem 0 }
@@ -2383,10 +2383,11 @@ async function follow() {
     }
   } catch (error) { fault = trouble(error); }
 }
+// Numbers stay as they came, 1.0 and 2^53 + 1 too. A browser that cannot do that shows such an event as the bare line.
+const exact = (key, value, raw) => typeof value === "number" && raw && JSON.rawJSON ? JSON.rawJSON(raw.source) : value;
 function row(line) {
-  const event = JSON.parse(line), cells = [event.timestamp.slice(0, 19).replace("T", " "), event.topic, event.source,
+  const event = JSON.parse(line, exact), cells = [event.timestamp.slice(0, 19).replace("T", " "), event.topic, event.source,
     JSON.stringify(event.payload)].map((text, i) => make("span", i === 1 ? "" : "soft", text));
-  // What JavaScript's numbers would change is shown as it came, to the last digit.
   const whole = JSON.stringify(event) === line ? JSON.stringify(event, null, 2) : line;
   return make("li", "", make("details", "", make("summary", "", ...cells), make("pre", "", whole)));
 }
@@ -2457,6 +2458,7 @@ def render_page(stats: Optional[Dict[str, Any]]) -> str:
     found: Dict[str, Any] = stats or {"topics": {}, "duplicate_delay_seconds": {}}
 
     def number(match: "re.Match[str]") -> str:
+        """The tag that asks for a number, and the number behind it."""
         value: Any = found
         for name in match[1].split("."):
             value = value[int(name)] if isinstance(value, list) else value.get(name) if isinstance(value, dict) else None
@@ -2521,8 +2523,8 @@ def _json(value: Any) -> bytes:
 def html_response(html: str) -> Response:
     """A page for a browser, which may obey no other style and script than ours."""
     return Response(200, html.encode("utf-8"), "text/html; charset=utf-8", (
-        ("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-        ("Cache-Control", "no-store"), ("Vary", "Accept")))
+        ("Content-Security-Policy", page_policy()), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+        ("Vary", "Accept")))
 
 
 def problem_details(error: HTTPError) -> Response:

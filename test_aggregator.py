@@ -7,12 +7,14 @@ SOAK_MINUTES make the random tests longer.
 """
 import ast
 import asyncio
+import base64
 import contextlib
 import datetime
 import doctest
 import email.utils
 import glob
 import gzip
+import hashlib
 import html
 import html.parser
 import http.client
@@ -58,7 +60,7 @@ README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 5, 6}, 7: {1, 7},
          8: {1, 2, 4, 5, 6, 7, 8}, 9: {1, 4, 5, 8, 9}, 10: {1, 2, 10}, 11: set(range(1, 12))}
 MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5, 10}, "argparse": {11}, "signal": {11}, "concurrent": {4},
-           "blake2b": {3, 10}, "sys": {10, 11}}
+           "blake2b": {3, 10}, "sha256": {7}, "sys": {10, 11}}
 # section: what it imports inside a function, where it is needed: serving must not pay for it, and small systems lack it
 LAZY = {8: {"hmac"}, 10: {"http.client", "io", "random", "socket", "subprocess", "tempfile", "threading", "urllib.parse"},
         11: {"resource", "socket", "ssl"}}
@@ -1962,6 +1964,107 @@ def test_what_the_parser_refuses_is_counted_and_so_are_connections(site):
     with contextlib.closing(dial(site.port)):
         metrics = parsed_metrics(fetch(site.port, "GET", "/metrics").body.decode())
     assert metrics["rejected_total"]["bad-request"] == 1 and metrics["connections"][None] == 2
+
+
+# ======================================================================================================================
+# §7 Page
+# ======================================================================================================================
+
+NUMBERS = {
+    "received": 12_345, "unique_processed": 10_000, "duplicate_dropped": 2_340, "conflicts": 7, "current_queue_size": 5,
+    "topics": {"<img src=x onerror=alert(1)>&amp;\"'{0}": {"unique": 3, "duplicates": 1}}, "topics_total": 1,
+    "store_bytes": 2_560_000, "duplicate_delay_seconds": {**{str(bound): bound for bound in aggregator.DELAY_BOUNDS_S}, "inf": 4},
+    "windows": [{"window_seconds": window, "like": like, "would_have_stored_twice": 1_000_000 + window}
+                for window, like in aggregator.DEDUP_WINDOWS]}
+
+
+class Reading(html.parser.HTMLParser):
+    """What a reader without style and script gets: the words, the tags, and the content of style and script."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.words, self.tags, self.inline, self.inside = [], [], {}, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside in ("style", "script"):
+            self.inline[self.inside] = self.inline.get(self.inside, "") + data
+        elif data.strip():
+            self.words.append(" ".join(data.split()))
+
+
+def test_the_page_reads_without_javascript():
+    words = Reading(aggregator.render_page(NUMBERS)).words
+    for label, number in (("received", "12,345"), ("unique", "10,000"), ("duplicates", "2,340"), ("in the queue", "5")):
+        assert words[words.index(label) + 1] == number
+    assert words[words.index("2.6") + 1] == "MB" and "7" in words
+    many = {**NUMBERS, "topics": {"topic %d" % n: {"unique": 1, "duplicates": 0} for n in range(99)}}
+    assert aggregator.render_page(many).count("<th>topic ") == aggregator.TOPICS_SHOWN
+    assert "TOPICS = {},".format(aggregator.TOPICS_SHOWN) in aggregator.PAGE_SCRIPT
+    assert words[words.index("to 7 d"):][:2] == ["to 7 d", "604,800"] and words[words.index("later") + 1] == "4"
+
+
+def test_the_page_marks_where_each_window_ends():
+    text = " ".join(Reading(aggregator.render_page(NUMBERS)).words)
+    for (window, like), label in zip(aggregator.DEDUP_WINDOWS, ("to 2 min", "to 5 min", "to 10 min")):
+        assert "{0} {1} {2}: forgets here, and {3:,} would".format(label, window, like, 1_000_000 + window) in text
+
+
+def test_what_publishers_send_is_never_markup():
+    name = next(iter(NUMBERS["topics"]))
+    reading = Reading(aggregator.render_page(NUMBERS))
+    assert reading.words[reading.words.index(name):][:4] == [name, "3", "1", "25.0 %"]
+    assert not [tag for tag, attributes in reading.tags if tag == "img" or any(key.startswith("on") for key in attributes)]
+    assert "innerHTML" not in aggregator.PAGE_SCRIPT and "outerHTML" not in aggregator.PAGE_SCRIPT
+    hostile = 'data-n="windows.9">{received}'
+    assert hostile in Reading(aggregator.render_page({**NUMBERS, "topics": {hostile: {"unique": 1, "duplicates": 0}}})).words
+
+
+def test_without_numbers_the_page_shows_none():
+    page = aggregator.render_page(None)
+    assert len(re.findall('data-n="[^"]+"[^>]*>–', page)) == page.count('data-n="') > 20 and len(page.encode()) < 25_000
+    assert not re.search("[0-9]", "".join(Reading(page[page.index("<dl"):page.index("How late")]).words).replace("2 minutes", ""))
+
+
+def test_the_policy_names_what_is_inline_and_nothing_else():
+    reading, policy = Reading(aggregator.render_page(NUMBERS)), dict(
+        each.strip().split(" ", 1) for each in aggregator.page_policy().split(";"))
+    for tag, content in reading.inline.items():
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy.pop(tag + "-src") == "'sha256-{}'".format(digest)
+    assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "form-action": "'none'",
+                      "base-uri": "'none'", "frame-ancestors": "'none'"}
+    assert not [attributes for _, attributes in reading.tags if "style" in attributes]
+    assert set(re.findall("[a-z]+://[^ '\"`)]*", aggregator.render_page(NUMBERS))) == set()
+
+
+def test_a_browser_gets_the_page_and_curl_the_list(desk):
+    desk.publish(sample(), sample())
+    for accept in ("*/*", "application/json", ""):
+        assert desk.ask("GET", "/", headers=["Accept: " + accept] if accept else []).json["service"] == "aggregator"
+    found = desk.ask("GET", "/", headers=["Accept: text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"])
+    assert found.headers["Content-Security-Policy"] == aggregator.page_policy()
+    assert (found.headers["Referrer-Policy"], found.headers["Cache-Control"], found.headers["Vary"]) == (
+        "no-referrer", "no-store", "Accept")
+    # Every number that the page names is one that /stats has, but for the limits, which are the desk's own.
+    assert re.findall('data-n="([^"]+)"[^>]*>–', found.body.decode()) == ["limits.queue_max_size"]
+    desk.api.access = aggregator.Access(token="secret")
+    assert desk.ask("GET", "/", headers=["Accept: text/html"]).body.decode() == aggregator.render_page(None)
+
+
+def test_the_page_comes_even_if_the_store_cannot_be_read(desk, monkeypatch):
+    async def broken():
+        raise aggregator.Unavailable("disk I/O error")
+    monkeypatch.setattr(desk.pipeline, "stats", broken)
+    assert desk.ask("GET", "/", headers=["Accept: text/html"]).body.decode() == aggregator.render_page(None)
+    monkeypatch.undo()
 
 
 # ======================================================================================================================

@@ -132,7 +132,7 @@ def check_nothing_from_a_publisher_becomes_markup(browser, service):
 def check_the_tail_is_bounded_exact_can_be_held_and_filtered(browser, service):
     pause, first = "$('pause').click()", text("#lines li:first-child")
     service.publish(*[{"event_id": "n%d" % n, "payload": {"n": 9007199254740993}} for n in range(500)])
-    assert '"n":9007199254740993' in browser.until("{0}.includes('n499') && {0}".format(text("#lines pre")))
+    assert '"n": 9007199254740993' in browser.until("{0}.includes('n499') && {0}".format(text("#lines pre")))
     assert browser.run("$('lines').children.length") == 200
     browser.run(pause)
     service.publish({"topic": "later", "event_id": "1"})
