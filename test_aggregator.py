@@ -3505,12 +3505,16 @@ def test_an_endless_line_is_cut_and_the_lines_after_it_are_whole(site, tmp_path,
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here")
 def test_an_endless_input_takes_no_more_memory_than_a_short_one(tmp_path):
-    with Fake(taken) as fake:
+    def slow(events):  # at first, so that there is time to read far ahead
+        time.sleep(0.5 if len(fake.asked) == 1 else 0)
+        return taken(events)
+    with Fake(slow) as fake:
         code = (f"import re, sys\nsys.path.insert(0, {HERE!r})\nimport aggregator\n"
                 f"aggregator.main(['publish', '--url', {fake.url!r}, '--topic', 't'])\n"
                 "print(re.search('VmHWM:[^0-9]*([0-9]+)', open('/proc/self/status').read())[1])")
         peaks = []
         for size in (1_000_000, 48_000_000):
+            fake.asked.clear()
             found = subprocess.run([sys.executable, "-c", code], input=b"x" * size, capture_output=True, timeout=30)
             peaks.append(int(found.stdout) * 1024)
     assert peaks[1] < peaks[0] + 16_000_000 < 80_000_000
