@@ -3439,7 +3439,7 @@ def test_ids_by_offset_make_it_harmless_to_send_a_file_again(site, tmp_path, cap
         file.write(b"\nmore\n")
     assert client("publish", "--url", url, "--topic", "t", "--source", "nas", log) == 0
     assert "1 new, 5 duplicate" in capsys.readouterr().err
-    log.write_bytes(b"SAME\nsame\nsame\n")  # another content at a known place is another event, never a conflict
+    log.write_bytes(b"\0\0\0SAME\nsame\nsame\n")  # another content at a known place is another event, never a conflict
     assert client("publish", "--url", url, "--topic", "t", "--source", "nas", log) == 0
     assert "2 new, 1 duplicate, 0 conflict" in capsys.readouterr().err
 
