@@ -2841,6 +2841,7 @@ class API:
             ("commit_events", "histogram", "Events of a commit.", (sizes.bounds, sizes.counts, sizes.sum)),
             ("commit_duration_seconds", "histogram", "Time of a commit.", (times.bounds, times.counts, times.sum)),
             ("duplicate_delay_seconds", "histogram", "Ages of events at repeats.", (DELAY_BOUNDS_S, delays, None)),
+            ("sequence_gaps", "gauge", "Sequence numbers that sources have left out.", found["gaps"]),
             ("subscribers", "gauge", "Live tails.", found["subscribers"]),
             ("connections", "gauge", "Open connections.", self.connections()),
             ("store_bytes", "gauge", "Size of the store with its write-ahead log.", found["store_bytes"]),

@@ -192,7 +192,8 @@ def test_the_image_runs_as_nobody_special_and_needs_no_curl():
     assert re.search(r"^ARG .*=3\.11", dockerfile, re.M) and re.search(r"^USER (?!root|0)", dockerfile, re.M)
     assert re.search(r"^(ENTRYPOINT|CMD) \[", dockerfile, re.M) and "VOLUME" in dockerfile
     health = dockerfile[dockerfile.index("HEALTHCHECK"):]
-    assert "curl" not in health and '["python", "aggregator.py", "health"]' in health
+    assert "curl" not in health and '["python", "-m", "aggregator", "health"]' in health
+    assert re.search(r"^ENTRYPOINT \[\"python\", \"-m\", \"aggregator\"\]", dockerfile, re.M) and "compileall" in dockerfile
     for variable in re.findall(r"([A-Z_]+)(?:=|: )\"?[\w./]+\"?", open(os.path.join(HERE, "compose.yml")).read()):
         assert variable in [setting.variable for setting in aggregator.SETTINGS] + ["CMD", "ALL"], variable
 
@@ -4294,6 +4295,19 @@ def test_a_service_manager_is_told_of_readiness_liveness_and_stopping(tmp_path):
                 while True:
                     told.append(manager.recv(100))
         assert told[:4] == [b"READY=1"] + [b"WATCHDOG=1"] * 3 and told.count(b"STOPPING=1") == 1 and told.count(b"READY=1") == 1
+
+
+def test_compiled_once_it_runs_as_a_module(tmp_path):
+    folder = tmp_path / "app"
+    folder.mkdir()
+    shutil.copy(PROGRAM, str(folder / "aggregator.py"))
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "aggregator.py"],
+                   check=True, cwd=str(folder), timeout=60)
+    (folder / "aggregator.py").write_text("raise SystemExit('the source was read')")
+    script = "import os, sys; os.chdir(sys.argv[1]); os.execv(sys.executable, [sys.executable, '-m', 'aggregator'] + sys.argv[2:])"
+    with Program(tmp_path / "s.db", command=[sys.executable, "-c", script, str(folder)]) as program:
+        assert fetch(program.port, "POST", "/publish", sample("1")).json["unique"] == 1
+        assert program.end() == 0
 
 
 def test_openssl_is_loaded_for_tls_only():
