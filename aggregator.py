@@ -56,8 +56,8 @@ import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
 from hashlib import blake2b, sha256
-from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple, NoReturn,
-                    Optional, Sequence, Set, Tuple, TypeVar, Union)
+from typing import (Any, AsyncGenerator, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple,
+                    NoReturn, Optional, Sequence, Set, Tuple, TypeVar, Union)
 
 __version__ = "1.0.0"
 
@@ -1896,7 +1896,7 @@ def _inflate(body: bytes, limit: int) -> bytes:
 class Response(NamedTuple):
     """What to answer: all at once (bytes), or a stream of pieces whose length is not known beforehand."""
     status: int
-    body: Union[bytes, AsyncIterator[bytes]] = b""
+    body: Union[bytes, AsyncGenerator[bytes, None]] = b""
     content_type: str = "application/json"
     headers: Tuple[Tuple[str, str], ...] = ()
 
@@ -2738,7 +2738,7 @@ class API:
         following = "null" if page.next is None else '"{}{}.{}"'.format("d" if query.descending else "a", *page.next)
         return Response(200, f'{{"count":{page.size},"events":[{page.text}],"next":{following}}}\n'.encode())
 
-    async def _lines(self, query: EventQuery, page: Page, limited: bool) -> AsyncIterator[bytes]:
+    async def _lines(self, query: EventQuery, page: Page, limited: bool) -> AsyncGenerator[bytes, None]:
         """All pages, one in memory at a time; up to `query.limit` events if `limited`, else to the end."""
         left = query.limit
         while True:
@@ -2860,12 +2860,12 @@ class API:
         return Response(200, b'{"status":"ok"}\n')
 
 
-async def _json_lines(tails: AsyncIterator[Tail]) -> AsyncIterator[bytes]:
+async def _json_lines(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes, None]:
     async for tail in tails:
         yield tail.lines.encode("utf-8") + b"\n"
 
 
-async def _server_sent_events(tails: AsyncIterator[Tail]) -> AsyncIterator[bytes]:
+async def _server_sent_events(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes, None]:
     """`id` is the seq. One without data moves a browser's cursor and shows nothing (WHATWG HTML §9.2.6)."""
     yield b"retry: %d\n\n" % FOLLOW_RETRY_MS
     async for tail in tails:
@@ -3146,6 +3146,8 @@ class Server:
                 log.error("a list was cut off: %s", error)
                 writer.transport.abort()
                 return False
+            finally:  # at once: left to the collector of cycles, a live tail would be counted long after its client is gone
+                await body.aclose()
             if not http_1_0:
                 writer.write(b"0\r\n\r\n")
         if writer.transport.get_write_buffer_size():

@@ -2624,6 +2624,27 @@ def test_without_a_cursor_following_starts_now(desk):
     assert json.loads(desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)).decode())["event_id"] == "new"
 
 
+def test_a_follower_that_is_gone_is_no_longer_counted(tmp_path):
+    with Program(tmp_path / "store.db") as program:
+        def ask(method, target, body=None):
+            connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
+            connection.request(method, target, body)
+            with contextlib.closing(connection):
+                return json.loads(connection.getresponse().read())
+        for _ in range(3):
+            sock = dial(program.port, b"GET /events?follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert sock.recv(1000)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing is a reset
+            sock.close()
+        assert ask("GET", "/stats")["subscribers"] == 3
+        deadline, number = time.monotonic() + 10, 0
+        while ask("GET", "/stats")["subscribers"] and time.monotonic() < deadline:  # it is writing that finds them gone
+            number += 1
+            ask("POST", "/publish", json.dumps(sample(str(number))))
+            time.sleep(0.1)
+        assert ask("GET", "/stats")["subscribers"] == 0
+
+
 @pytest.mark.parametrize("query, expected", [
     ("topic=a", ["1", "4"]), ("topic=a*", ["1", "2", "4"]), ("source=y", ["2", "3"]), ("topic=ab&source=y", ["2"]),
     ("", list("1234"))])
