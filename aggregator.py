@@ -56,8 +56,8 @@ import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
 from hashlib import blake2b, sha256
-from typing import (Any, AsyncGenerator, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, TypeVar, Union)
+from typing import (Any, AsyncGenerator, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List,
+                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, TypeVar, Union)
 
 __version__ = "1.0.0"
 
@@ -3062,7 +3062,9 @@ class Server:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        writer.transport.set_write_buffer_limits(0)  # so that a drained answer is in the kernel's hands, all of it
+        # So that a drained answer is in the kernel's hands, all of it. With 0, TLS of CPython 3.11 and newer would pause at every
+        # other write, however little waits, and nothing would ever end the pause.
+        writer.transport.set_write_buffer_limits(1 if writer.get_extra_info("sslcontext") else 0)
         connection = _Connection(task, writer, asyncio.get_running_loop().time())
         self._connections.add(connection)
         over = len(self._connections) - self._max_connections

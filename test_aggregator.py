@@ -4268,6 +4268,24 @@ def test_https_is_spoken_with_a_certificate_and_a_bad_one_is_refused(tmp_path):
     assert_refused(run("--tls-cert", str(tmp_path / "bad.pem"), "--db", str(tmp_path / "b.db")), 1, "cannot load --tls-cert")
 
 
+def test_over_tls_a_list_of_many_pieces_ends_and_a_live_tail_goes_on(tmp_path):
+    certificate = tmp_path / "both.pem"
+    certificate.write_text(CERTIFICATE)
+    import ssl
+    context = ssl.create_default_context(cafile=str(certificate))
+    with Program(tmp_path / "store.db", "--tls-cert", str(certificate)) as program:
+        def ask(method, target, body=None):
+            connection = http.client.HTTPSConnection("localhost", program.port, timeout=10, context=context)
+            connection.request(method, target, body, {"Accept": "application/x-ndjson"})
+            return connection.getresponse()
+        tail = ask("GET", "/events?follow=1&after=0")
+        for number in range(6):
+            assert ask("POST", "/publish", json.dumps([sample(f"{number}-{n}") for n in range(700)])).status == 202
+            assert json.loads(tail.readline())["event_id"] == f"{number}-0"
+            assert [json.loads(tail.readline())["event_id"] for _ in range(699)][-1] == f"{number}-699"
+        assert len(ask("GET", "/events").read().splitlines()) == 4200
+
+
 def test_what_everyone_can_reach_without_a_token_is_warned_about(tmp_path):
     for flags, warned in ((("--host", "0.0.0.0"), True), (("--host", "0.0.0.0", "--token", "s3cret"), False), ((), False)):
         process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--db", str(tmp_path / "s.db"), *flags],
