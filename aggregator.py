@@ -43,6 +43,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import datetime
+import errno
 import functools
 import gc
 import itertools
@@ -4010,8 +4011,13 @@ def run_service(settings: Dict[str, Any]) -> int:
     try:
         return asyncio.run(serve(settings))
     except (StoreError, OSError, OverflowError, ValueError) as error:
-        where = "{}:{}: ".format(settings["host"], settings["port"]) if isinstance(error, OSError) else ""
-        sys.stderr.write("aggregator.py: {}{}\n".format(where, getattr(error, "strerror", None) or error))
+        text, code = str(error), getattr(error, "errno", None) or 0
+        if isinstance(error, OSError):  # asyncio wraps the reason into a sentence of its own; a resolver's number is negative
+            reason = os.strerror(code) if code > 0 else error.strerror or error
+            text = "{}:{}: {}".format(settings["host"], settings["port"], reason)
+        if code == errno.EADDRINUSE:
+            text += "; stop what listens there, or choose another --port"
+        sys.stderr.write(f"aggregator.py: {text}\n")
         return 1
 
 
@@ -4031,7 +4037,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         return COMMANDS[command].run(settings)
     except (ClientError, OSError) as error:
-        sys.stderr.write(f"aggregator.py: {error}\n")
+        named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        sys.stderr.write("aggregator.py: {}{}\n".format(named, getattr(error, "strerror", None) or error))
         return 1
 
 

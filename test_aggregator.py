@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import doctest
 import email.utils
+import errno
 import glob
 import gzip
 import hashlib
@@ -3705,6 +3706,13 @@ def test_a_token_is_shown_to_the_service_and_a_missing_one_is_named(tmp_path):
         assert found.returncode == 0, found
 
 
+def test_a_file_that_cannot_be_opened_is_named_in_plain_words(tmp_path):
+    for path, number in ((tmp_path / "none", errno.ENOENT), (tmp_path, errno.EISDIR)):
+        found = run("publish", "--url", "127.0.0.1:1", "--topic", "t", str(path))
+        assert found.returncode == 1
+        assert found.stderr.splitlines()[-1] == f"aggregator.py: {path}: {os.strerror(number)}"
+
+
 def test_https_is_spoken_and_the_certificate_is_checked(tmp_path):
     (tmp_path / "both.pem").write_text(CERTIFICATE)
     with Program(tmp_path / "tls.db", "--tls-cert", str(tmp_path / "both.pem")) as program:
@@ -4083,7 +4091,8 @@ def test_a_second_process_on_the_same_file_or_port_is_refused_and_the_first_goes
         other = str(tmp_path / "other.db")
         found = run("--db", other, "--port", str(program.port))
         assert_refused(found, 1, str(program.port))
-        assert "address already in use" in found.stderr.lower() and not os.path.exists(other)
+        assert found.stderr == "aggregator.py: 127.0.0.1:{}: {}; stop what listens there, or choose another --port\n".format(
+            program.port, os.strerror(errno.EADDRINUSE)) and not os.path.exists(other)
         assert json.loads(fetch(program.port, "GET", "/stats").body)["received"] == 1
         program.kill()
     with Program(tmp_path / "one.db") as program:  # the lock of a killed process does not stay
