@@ -96,8 +96,9 @@ def imports_of(nodes):
 def test_only_the_standard_library_is_imported():
     at_once = imports_of(TREE.body)
     assert at_once == {(name, 0) for name in (
-        "argparse", "asyncio", "binascii", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "functools",
-        "gc", "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib")}
+        "argparse", "asyncio", "binascii", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "errno",
+        "functools", "gc", "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys",
+        "time", "typing", "zlib")}
     assert imports_of(ast.walk(TREE)) - at_once == {(name, section) for section in LAZY for name in LAZY[section]}
     assert "dependencies = []" in SOURCE
 
