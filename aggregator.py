@@ -43,6 +43,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import datetime
+import errno
 import functools
 import gc
 import itertools
@@ -56,8 +57,8 @@ import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
 from hashlib import blake2b, sha256
-from typing import (Any, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List, NamedTuple, NoReturn,
-                    Optional, Sequence, Set, Tuple, TypeVar, Union)
+from typing import (Any, AsyncGenerator, AsyncIterator, Awaitable, Callable, Dict, FrozenSet, Generator, Iterator, List,
+                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, TypeVar, Union)
 
 __version__ = "1.0.0"
 
@@ -1896,7 +1897,7 @@ def _inflate(body: bytes, limit: int) -> bytes:
 class Response(NamedTuple):
     """What to answer: all at once (bytes), or a stream of pieces whose length is not known beforehand."""
     status: int
-    body: Union[bytes, AsyncIterator[bytes]] = b""
+    body: Union[bytes, AsyncGenerator[bytes, None]] = b""
     content_type: str = "application/json"
     headers: Tuple[Tuple[str, str], ...] = ()
 
@@ -2738,7 +2739,7 @@ class API:
         following = "null" if page.next is None else '"{}{}.{}"'.format("d" if query.descending else "a", *page.next)
         return Response(200, f'{{"count":{page.size},"events":[{page.text}],"next":{following}}}\n'.encode())
 
-    async def _lines(self, query: EventQuery, page: Page, limited: bool) -> AsyncIterator[bytes]:
+    async def _lines(self, query: EventQuery, page: Page, limited: bool) -> AsyncGenerator[bytes, None]:
         """All pages, one in memory at a time; up to `query.limit` events if `limited`, else to the end."""
         left = query.limit
         while True:
@@ -2861,12 +2862,12 @@ class API:
         return Response(200, b'{"status":"ok"}\n')
 
 
-async def _json_lines(tails: AsyncIterator[Tail]) -> AsyncIterator[bytes]:
+async def _json_lines(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes, None]:
     async for tail in tails:
         yield tail.lines.encode("utf-8") + b"\n"
 
 
-async def _server_sent_events(tails: AsyncIterator[Tail]) -> AsyncIterator[bytes]:
+async def _server_sent_events(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes, None]:
     """`id` is the seq. One without data moves a browser's cursor and shows nothing (WHATWG HTML §9.2.6)."""
     yield b"retry: %d\n\n" % FOLLOW_RETRY_MS
     async for tail in tails:
@@ -3063,7 +3064,9 @@ class Server:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        writer.transport.set_write_buffer_limits(0)  # so that a drained answer is in the kernel's hands, all of it
+        # So that a drained answer is in the kernel's hands, all of it. With 0, TLS of CPython 3.11 and newer would pause at every
+        # other write, however little waits, and nothing would ever end the pause.
+        writer.transport.set_write_buffer_limits(1 if writer.get_extra_info("sslcontext") else 0)
         connection = _Connection(task, writer, asyncio.get_running_loop().time())
         self._connections.add(connection)
         over = len(self._connections) - self._max_connections
@@ -3147,6 +3150,8 @@ class Server:
                 log.error("a list was cut off: %s", error)
                 writer.transport.abort()
                 return False
+            finally:  # at once: left to the collector of cycles, a live tail would be counted long after its client is gone
+                await body.aclose()
             if not http_1_0:
                 writer.write(b"0\r\n\r\n")
         if writer.transport.get_write_buffer_size():
@@ -4007,8 +4012,13 @@ def run_service(settings: Dict[str, Any]) -> int:
     try:
         return asyncio.run(serve(settings))
     except (StoreError, OSError, OverflowError, ValueError) as error:
-        where = "{}:{}: ".format(settings["host"], settings["port"]) if isinstance(error, OSError) else ""
-        sys.stderr.write("aggregator.py: {}{}\n".format(where, getattr(error, "strerror", None) or error))
+        text, code = str(error), getattr(error, "errno", None) or 0
+        if isinstance(error, OSError):  # asyncio wraps the reason into a sentence of its own; a resolver's number is negative
+            reason = os.strerror(code) if code > 0 else error.strerror or error
+            text = "{}:{}: {}".format(settings["host"], settings["port"], reason)
+        if code == errno.EADDRINUSE:
+            text += "; stop what listens there, or choose another --port"
+        sys.stderr.write(f"aggregator.py: {text}\n")
         return 1
 
 
@@ -4028,7 +4038,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         return COMMANDS[command].run(settings)
     except (ClientError, OSError) as error:
-        sys.stderr.write(f"aggregator.py: {error}\n")
+        named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        sys.stderr.write("aggregator.py: {}{}\n".format(named, getattr(error, "strerror", None) or error))
         return 1
 
 

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import doctest
 import email.utils
+import errno
 import glob
 import gzip
 import hashlib
@@ -95,8 +96,9 @@ def imports_of(nodes):
 def test_only_the_standard_library_is_imported():
     at_once = imports_of(TREE.body)
     assert at_once == {(name, 0) for name in (
-        "argparse", "asyncio", "binascii", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "functools",
-        "gc", "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys", "time", "typing", "zlib")}
+        "argparse", "asyncio", "binascii", "bisect", "collections", "concurrent.futures", "contextlib", "datetime", "errno",
+        "functools", "gc", "hashlib", "itertools", "json", "logging", "os", "re", "signal", "sqlite3", "sys",
+        "time", "typing", "zlib")}
     assert imports_of(ast.walk(TREE)) - at_once == {(name, section) for section in LAZY for name in LAZY[section]}
     assert "dependencies = []" in SOURCE
 
@@ -2625,6 +2627,27 @@ def test_without_a_cursor_following_starts_now(desk):
     assert json.loads(desk.loop.run_until_complete(asyncio.wait_for(scenario(), 20)).decode())["event_id"] == "new"
 
 
+def test_a_follower_that_is_gone_is_no_longer_counted(tmp_path):
+    with Program(tmp_path / "store.db") as program:
+        def ask(method, target, body=None):
+            connection = http.client.HTTPConnection("127.0.0.1", program.port, timeout=10)
+            connection.request(method, target, body)
+            with contextlib.closing(connection):
+                return json.loads(connection.getresponse().read())
+        for _ in range(3):
+            sock = dial(program.port, b"GET /events?follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert sock.recv(1000)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing is a reset
+            sock.close()
+        assert ask("GET", "/stats")["subscribers"] == 3
+        deadline, number = time.monotonic() + 10, 0
+        while ask("GET", "/stats")["subscribers"] and time.monotonic() < deadline:  # it is writing that finds them gone
+            number += 1
+            ask("POST", "/publish", json.dumps(sample(str(number))))
+            time.sleep(0.1)
+        assert ask("GET", "/stats")["subscribers"] == 0
+
+
 @pytest.mark.parametrize("query, expected", [
     ("topic=a", ["1", "4"]), ("topic=a*", ["1", "2", "4"]), ("source=y", ["2", "3"]), ("topic=ab&source=y", ["2"]),
     ("", list("1234"))])
@@ -3689,6 +3712,13 @@ def test_a_token_is_shown_to_the_service_and_a_missing_one_is_named(tmp_path):
         assert found.returncode == 0, found
 
 
+def test_a_file_that_cannot_be_opened_is_named_in_plain_words(tmp_path):
+    for path, number in ((tmp_path / "none", errno.ENOENT), (tmp_path, errno.EISDIR)):
+        found = run("publish", "--url", "127.0.0.1:1", "--topic", "t", str(path))
+        assert found.returncode == 1
+        assert found.stderr.splitlines()[-1] == f"aggregator.py: {path}: {os.strerror(number)}"
+
+
 def test_https_is_spoken_and_the_certificate_is_checked(tmp_path):
     (tmp_path / "both.pem").write_text(CERTIFICATE)
     with Program(tmp_path / "tls.db", "--tls-cert", str(tmp_path / "both.pem")) as program:
@@ -4067,7 +4097,8 @@ def test_a_second_process_on_the_same_file_or_port_is_refused_and_the_first_goes
         other = str(tmp_path / "other.db")
         found = run("--db", other, "--port", str(program.port))
         assert_refused(found, 1, str(program.port))
-        assert "address already in use" in found.stderr.lower() and not os.path.exists(other)
+        assert found.stderr == "aggregator.py: 127.0.0.1:{}: {}; stop what listens there, or choose another --port\n".format(
+            program.port, os.strerror(errno.EADDRINUSE)) and not os.path.exists(other)
         assert json.loads(fetch(program.port, "GET", "/stats").body)["received"] == 1
         program.kill()
     with Program(tmp_path / "one.db") as program:  # the lock of a killed process does not stay
@@ -4250,6 +4281,24 @@ def test_https_is_spoken_with_a_certificate_and_a_bad_one_is_refused(tmp_path):
         assert program.end() == 0
     (tmp_path / "bad.pem").write_text("nothing")
     assert_refused(run("--tls-cert", str(tmp_path / "bad.pem"), "--db", str(tmp_path / "b.db")), 1, "cannot load --tls-cert")
+
+
+def test_over_tls_a_list_of_many_pieces_ends_and_a_live_tail_goes_on(tmp_path):
+    certificate = tmp_path / "both.pem"
+    certificate.write_text(CERTIFICATE)
+    import ssl
+    context = ssl.create_default_context(cafile=str(certificate))
+    with Program(tmp_path / "store.db", "--tls-cert", str(certificate)) as program:
+        def ask(method, target, body=None):
+            connection = http.client.HTTPSConnection("localhost", program.port, timeout=10, context=context)
+            connection.request(method, target, body, {"Accept": "application/x-ndjson"})
+            return connection.getresponse()
+        tail = ask("GET", "/events?follow=1&after=0")
+        for number in range(6):
+            assert ask("POST", "/publish", json.dumps([sample(f"{number}-{n}") for n in range(700)])).status == 202
+            assert json.loads(tail.readline())["event_id"] == f"{number}-0"
+            assert [json.loads(tail.readline())["event_id"] for _ in range(699)][-1] == f"{number}-699"
+        assert len(ask("GET", "/events").read().splitlines()) == 4200
 
 
 def test_what_everyone_can_reach_without_a_token_is_warned_about(tmp_path):
