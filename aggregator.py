@@ -142,7 +142,7 @@ LOG_LINES, LOG_PERIOD_S = 20, 10.0  # lines of a kind, WARNING or above, in so l
 
 MAX_LINE_BYTES = 256 * 1024  # of text that the client publishes; the rest of a longer one is another event
 READ_AHEAD_BYTES = 1024 * 1024  # of events read by the client while it waits for an answer
-PUBLISH_EVENTS = 1000  # of one request of the client
+PUBLISH_EVENTS = 2000  # of one request of the client: what one commit takes
 RELAY_EVENTS = 500
 BACKOFF_S = 0.1  # the client's first pause between attempts is random below it; the bound doubles with each, up to
 BACKOFF_MAX_S = 10.0
@@ -3214,9 +3214,11 @@ class Reply(ClientError):
         self.value: Dict[str, Any] = {}
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             self.value = dict(json.loads(response.read()))
-        faults = [f"{each['field']} {each['message']}" for each in self.value.get("errors", ())[:9]]
-        details = "; ".join([self.value.get("detail") or response.reason] + faults)
-        super().__init__(f"{address.geturl()}: {self.status} {details}")
+        errors = self.value.get("errors")
+        self.faults = [each for each in errors if isinstance(each, dict)] if isinstance(errors, list) else []
+        details = [f"{each.get('field')} {each.get('message')}" for each in self.faults[:9]]
+        details.insert(0, f"{address.geturl()}: {self.status} {self.value.get('detail') or response.reason}")
+        super().__init__("; ".join(details))
 
 
 def parse_address(text: str) -> Any:
@@ -3247,7 +3249,7 @@ class Remote:
         random time below a bound that doubles (full jitter), and never before `Retry-After`."""
         import http.client
         import random
-        began, attempt, trouble = time.monotonic(), 0, ""
+        began, attempt = time.monotonic(), 0
         named = {**self._fields, **{name.replace("_", "-"): value for name, value in fields.items()}}
         while True:
             kept, least_s = self._connection.sock is not None, 0.0
@@ -3256,8 +3258,7 @@ class Remote:
                 response = self._connection.getresponse()
                 answer = response if stream and response.status == 200 else Reply(self._address, response)
                 if answer.status not in (408, 429) and (answer.status < 500 or answer.status in (501, 505)):
-                    if trouble:
-                        self._waits("")
+                    self._waits("")
                     return answer
                 after = response.getheader("Retry-After") or ""
                 trouble, least_s = str(answer), float(after) if re.fullmatch("[0-9]{1,4}", after) else 0.0
@@ -3307,17 +3308,23 @@ def deliver(remote: Remote, events: Sequence[bytes]) -> Outcome:
         body = squeeze.compress(b"\n".join([events[index] for index in part])) + squeeze.flush()
         answer = remote.ask("POST", "/publish", body, Content_Type="application/x-ndjson", Content_Encoding="gzip")
         if answer.status == 202 and "unique" in answer.value:
-            counts = [count + answer.value[name] for count, name in zip(counts, ("unique", "duplicates", "conflicts"))]
+            counts = [count + answer.value.get(name, 0) for count, name in zip(counts, ("unique", "duplicates", "conflicts"))]
         elif answer.status not in (413, 422) and not str(answer.value.get("type")).endswith("#not-json"):
             raise answer  # no event's fault
         elif len(part) == 1:
             refused[part[0]] = str(answer)
         else:  # those with a fault by themselves, then the rest; or, where none is named, one half and then the other
-            faults = {fault.get("index") for fault in answer.value.get("errors", ())}
+            faults = {fault.get("index") for fault in answer.faults}
             named = [index for at, index in enumerate(part) if at in faults]
             rest, half = [index for at, index in enumerate(part) if at not in faults], len(part) // 2
             parts += [[index] for index in named] + [rest] * bool(rest) if named else [part[half:], part[:half]]
     return Outcome(counts[0], counts[1], counts[2], refused)
+
+
+def _tell(text: str, moves: bool = False) -> None:
+    """A line to stderr; on a terminal it takes the place of one that `moves`."""
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + "aggregator.py: " + text + ("" if moves else "\n"))
+    sys.stderr.flush()
 
 
 class Report:
@@ -3344,7 +3351,7 @@ class Report:
         self.counts.update(sent=len(items), new=outcome.new, duplicate=outcome.duplicate, conflict=outcome.conflict,
                            refused=len(outcome.refused))
         for index, reason in sorted(outcome.refused.items()):
-            self.tell(f"{self._what} {items[index][1]} refused: {reason}")
+            _tell(f"{self._what} {items[index][1]} refused: {reason}")
             if self._state:
                 _write(self._state + ".refused", items[index][0] + b"\n", "ab")
             else:
@@ -3358,11 +3365,6 @@ class Report:
             os.close(folder)
         self.show()
 
-    def tell(self, text: str, moves: bool = False) -> None:
-        """A line to stderr; on a terminal it takes the place of one that `moves`."""
-        sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + "aggregator.py: " + text + ("" if moves else "\n"))
-        sys.stderr.flush()
-
     def waits(self, trouble: str) -> None:
         """Show what is waited for, "" when it is over."""
         changed, self._trouble = trouble != self._trouble, trouble
@@ -3375,7 +3377,7 @@ class Report:
             self._shown_s = elapsed_s
             counts = [f"{self.counts[name]:,} {name}" for name in ("sent", "new", "duplicate", "conflict", "refused")]
             trouble = "; waiting: " + self._trouble if self._trouble else ""
-            self.tell(f"{', '.join(counts)}; {self.counts['sent'] / max(elapsed_s, 0.001):,.0f}/s{trouble}", moves and not end)
+            _tell(f"{', '.join(counts)}; {self.counts['sent'] / max(elapsed_s, 0.001):,.0f}/s{trouble}", moves and not end)
         return 1 if self.counts["refused"] or self.counts["conflict"] else 0
 
 
@@ -3457,6 +3459,8 @@ def _open(path: Any, place: Place, follow: bool, step: int) -> Tuple[Any, Place]
                 file.seek(place.offset)
                 return file, place
             file.close()
+    if place.inode:
+        _tell(f"{path} as it was read up to byte {place.offset} is gone or truncated: going on with what is there now")
     while follow and not os.path.exists(path):
         time.sleep(FILE_POLL_S)
     file = open(path, "rb", buffering=0)
@@ -3551,7 +3555,7 @@ def relay(settings: Dict[str, Any]) -> int:
                 oldest = answer.value.get("oldest_seq")
                 if answer.status != 410 or not isinstance(oldest, int) or oldest <= after + 1:
                     raise
-                report.tell(f"GONE: {oldest - 1 - after:,} seqs, {after + 1} to {oldest - 1}, removed before they were relayed")
+                _tell(f"GONE: {oldest - 1 - after:,} seqs, {after + 1} to {oldest - 1}, removed before they were relayed")
                 after = oldest - 1
             except OSError as error:
                 report.waits(str(error))

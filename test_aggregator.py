@@ -3597,6 +3597,15 @@ def test_without_an_acknowledgement_the_place_stays(tmp_path):
         assert "waiting: " + fake.url in child.said() and "0 sent" in child.said()
 
 
+def test_a_file_that_is_not_the_one_read_before_is_said_so_and_read_from_its_start(site, tmp_path, capsys):
+    log, place, url = tmp_path / "log", tmp_path / "place", "127.0.0.1:%d" % site.port
+    for text, told in (("one\ntwo\n", False), ("three\nfour\nfive\n", True), ("six\n", True)):
+        log.write_text(text)  # in place: the same inode
+        assert client("publish", "--url", url, "--topic", "t", "--state", place, log) == 0
+        assert ("gone or truncated" in capsys.readouterr().err) == told
+    assert messages(site.port) == "one two three four five six".split()
+
+
 @pytest.mark.parametrize("arguments", [
     ("--ids", "given", "--topic", "t"), ("--ids", "random"), ("--ids", "offset", "--topic", "t"), ("--state", "s"),
     ("--follow",), ("--follow", "a", "b"), ("--state", "s", "a", "b"), ("--topic", "t", "--ids", "offset", "-")])
