@@ -3260,8 +3260,7 @@ class Remote:
                 response = self._connection.getresponse()
                 answer = response if stream and response.status == 200 else Reply(self._address, response)
                 if answer.status not in (408, 429) and (answer.status < 500 or answer.status in (501, 505)):
-                    if trouble:
-                        self._waits("")
+                    self._waits("")  # also of what a caller had to report
                     return answer
                 after = response.getheader("Retry-After") or ""
                 trouble, least_s = str(answer), float(after) if re.fullmatch("[0-9]{1,4}", after) else 0.0

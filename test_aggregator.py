@@ -3815,6 +3815,15 @@ def test_a_relay_says_what_is_gone_sets_aside_what_is_refused_and_goes_on(tmp_pa
         assert passed == [n for n in range(10, 20) if n != 13]
 
 
+def test_a_relay_says_that_it_waits_only_while_it_does(tmp_path):
+    breaks = iter([(200, "no chunk\n", {"Transfer-Encoding": "chunked"})])
+    with Fake(lambda target: next(breaks, (200, json.dumps({**sample("1"), "seq": 1}) + "\n"))) as edge, Fake(taken) as central, \
+            Child(tmp_path, "relay", "--from", edge.url, "--to", central.url) as child:
+        until(lambda: len(central.asked) > 2)
+        assert child.end() == 143
+        assert "waiting: " + edge.url in child.said() and "waiting" not in child.said().splitlines()[-1]
+
+
 def test_a_relay_that_cannot_go_on_says_why(tmp_path):
     found = run("relay", "--from", "localhost:1")
     assert_refused(found, 1, "--to")
