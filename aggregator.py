@@ -3216,10 +3216,11 @@ class Reply(ClientError):
     def __init__(self, address: Any, response: Any) -> None:
         self.status: int = response.status
         self.value: Dict[str, Any] = {}
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
+        self.faults: List[Tuple[Any, str]] = []  # of events: index, and what is wrong; a stranger's look otherwise
+        with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
             self.value = dict(json.loads(response.read()))
-        faults = [f"{each['field']} {each['message']}" for each in self.value.get("errors", ())[:9]]
-        details = "; ".join([self.value.get("detail") or response.reason] + faults)
+            self.faults = [(each["index"], f"{each['field']} {each['message']}") for each in self.value.get("errors", ())]
+        details = "; ".join([str(self.value.get("detail") or response.reason)] + [text for _, text in self.faults[:9]])
         super().__init__(f"{address.geturl()}: {self.status} {details}")
 
 
@@ -3316,7 +3317,7 @@ def deliver(remote: Remote, events: Sequence[bytes]) -> Outcome:
         elif len(part) == 1:
             refused[part[0]] = str(answer)
         else:  # those with a fault by themselves, then the rest; or, where none is named, one half and then the other
-            faults = {fault.get("index") for fault in answer.value.get("errors", ())}
+            faults = [index for index, _ in answer.faults]
             named = [index for at, index in enumerate(part) if at in faults]
             rest, half = [index for at, index in enumerate(part) if at not in faults], len(part) // 2
             parts += [[index] for index in named] + [rest] * bool(rest) if named else [part[half:], part[:half]]

@@ -3579,6 +3579,16 @@ def test_a_place_is_remembered_and_belongs_to_its_file(site, tmp_path, capsys):
             client("publish", "--url", url, "--topic", "t", "--state", place, tmp_path / other)
 
 
+@pytest.mark.parametrize("members", [{"detail": [{"loc": ["body"]}]}, {"errors": {"a": 1}}, {"errors": None}, {"errors": ["a"]},
+                                     {"errors": [{"index": [], "field": 1, "message": 2}]}])
+@pytest.mark.parametrize("status", [400, 422])
+def test_whatever_another_service_says_it_is_shown_and_no_crash(tmp_path, status, members):
+    (tmp_path / "log").write_text("one\n")
+    with Fake(lambda events: (status, members)) as fake:
+        found = run("publish", "--url", fake.url, "--topic", "t", str(tmp_path / "log"))
+    assert found.returncode == 1 and f": {status} " in found.stderr and "Traceback" not in found.stderr
+
+
 def test_without_an_acknowledgement_the_place_stays(tmp_path):
     (tmp_path / "log").write_text("one\n")
     with Fake(lambda events: (503, {})) as fake, Child(tmp_path, "publish", "--url", fake.url, "--topic", "t", "--state",
