@@ -35,7 +35,12 @@ import sys
 # OpenSSL would come in with asyncio and hashlib and take 4 MB. Whoever wants HTTPS says so, and then it may.
 if __name__ == "__main__" and not any("--tls-" in word or "https:" in word.lower() for word in (
         *sys.argv, os.environ.get("AGGREGATOR_URL", ""), "--tls-" * ("TLS_CERT" in os.environ))):
-    sys.modules["ssl"] = sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    try:
+        import _md5  # type: ignore[import-not-found]  # noqa: F401
+        sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    except ImportError:  # Pythons built for FIPS have OpenSSL's hashes only
+        pass
 
 import argparse
 import asyncio
@@ -111,6 +116,7 @@ METRICS_MAX_TOPICS = 100  # topics with series of their own in GET /metrics: who
 RECENT_IDS = 384 * 1024  # keys kept in memory before a slice of them is merged; about 70 bytes each
 LIST_ROWS = 4096  # events that gather before the listing is fed with them, sorted
 CACHE_KB = 16 * 1024  # SQLite's page cache of the writer
+LONG_PAYLOAD = 1024  # characters; longer ones are stored one by one, as prepared statements keep all that was last bound
 STATEMENTS_KEPT = 300  # prepared statements, so that no group size has to be prepared twice; about 20 KB each
 CHECKPOINT_PAGES = 2000  # WAL pages of 4 KB after which a commit also writes them back to the file
 DELAY_BOUNDS_S = (1, 10, 60, 120, 300, 600, 3600, 21_600, 86_400, 604_800, 2_592_000)  # of the duplicate-delay histogram
@@ -715,7 +721,7 @@ def _run(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) 
     """Run `statement` over all rows, as many to a call as SQLite has variables for: a multiple of 64, then the rest, so
     that a group takes one or two calls and the texts are few enough to stay prepared. Returns the results, which are rows
     of one column, or none."""
-    found, width, at = [], len(rows[0]), 0
+    found, width, at = [], len(rows[0]) if rows else 1, 0
     most = min(2048, _MAX_VARIABLES // width // 64 * 64)
     while at < len(rows):
         left = len(rows) - at
@@ -870,7 +876,11 @@ class Store:
             first_seq = self._state.last_seq + 1
             state = self._state._replace(last_seq=self._state.last_seq + len(fresh), recent=self._state.recent + len(fresh))
             if fresh:
-                _run(self._db, _APPEND, [(seq, now_us) + each for seq, each in enumerate(fresh, first_seq)])
+                rows = [(seq, now_us) + each for seq, each in enumerate(fresh, first_seq)]
+                long = [row for row in rows if len(row[8]) > LONG_PAYLOAD]
+                for row in long:
+                    _run(self._db, _APPEND, [row])
+                _run(self._db, _APPEND, [row for row in rows if len(row[8]) <= LONG_PAYLOAD] if long else rows)
                 self._db.execute(_LEARN, (self._state.last_seq,))
                 self._track([each for each in fresh if each.sequence is not None])
             self._count(records, repeats, now_us)
@@ -980,22 +990,26 @@ class Store:
         return True
 
     def _expired(self, now_us: int, rows: int) -> List[int]:
-        """The seqs of the oldest events that --retention has done with, and of what came before them by another clock."""
+        """The seqs of the oldest events that --retention has done with, and of what came before them by another clock: what
+        is of the future proves nothing, and must not keep the events behind it."""
         if not self._retention_us:
             return []
-        return list(json.loads(_value(
-            self._db, "WITH o AS (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?) SELECT json_group_array("
-            "seq) FROM o WHERE seq <= (SELECT max(seq) FROM o WHERE processed_at < ?)", (rows, now_us - self._retention_us))))
+        return list(json.loads(_value(self._db, """
+            WITH o AS (SELECT seq, processed_at FROM processed_events WHERE processed_at <= :now ORDER BY seq LIMIT :rows)
+            SELECT json_group_array(seq) FROM (SELECT seq FROM processed_events WHERE seq <= (
+                SELECT max(seq) FROM o WHERE processed_at < :now - :kept) ORDER BY seq LIMIT :rows)""",
+                                      {"now": now_us, "kept": self._retention_us, "rows": rows})))
 
     def _trim(self, state: "_State", now_us: int, rows: int) -> "_State":
         """Remove up to `rows` events that retention has done with."""
         if rows <= 0:
             return state
-        gone = self._expired(now_us, rows)
+        left = rows - self._remove(self._expired(now_us, rows))  # first: of what is left, a topic may keep as many
+        gone: List[int] = []
         if self._over:
             state = self._list(state, 1)  # the listing knows what is oldest
         for topic in sorted(self._over):
-            if len(gone) >= rows:
+            if len(gone) >= left:
                 break
             stored = _value(self._db, "SELECT uniques - removed FROM stats WHERE kind = 'topic' AND name = ?", (topic,))
             if stored <= self._max_per_topic:  # so only once what was removed before is committed
@@ -1003,12 +1017,15 @@ class Store:
             else:
                 gone += json.loads(_value(
                     self._db, "SELECT json_group_array(seq) FROM (SELECT seq FROM listing WHERE topic = ? ORDER BY timestamp, seq"
-                    " LIMIT ?)", (topic, min(stored - self._max_per_topic, rows - len(gone)))))
-        if gone:
-            seqs = json.dumps(sorted(set(gone)))
-            for statement in _REMOVE:
-                self._db.execute(statement, (seqs,))
+                    " LIMIT ?)", (topic, min(stored - self._max_per_topic, left - len(gone)))))
+        self._remove(gone)
         return state
+
+    def _remove(self, seqs: List[int]) -> int:
+        """Take these events out of the log; how many they are."""
+        for statement in _REMOVE if seqs else ():
+            self._db.execute(statement, (json.dumps(sorted(seqs)),))
+        return len(seqs)
 
     def probe(self) -> None:
         """Prove that the store can be written, by writing as many pages as a small commit; no change would be no write."""
@@ -3212,13 +3229,12 @@ class Reply(ClientError):
     def __init__(self, address: Any, response: Any) -> None:
         self.status: int = response.status
         self.value: Dict[str, Any] = {}
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
+        self.faults: List[Tuple[Any, str]] = []  # of events: index, and what is wrong; a stranger's look otherwise
+        with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
             self.value = dict(json.loads(response.read()))
-        errors = self.value.get("errors")
-        self.faults = [each for each in errors if isinstance(each, dict)] if isinstance(errors, list) else []
-        details = [f"{each.get('field')} {each.get('message')}" for each in self.faults[:9]]
-        details.insert(0, f"{address.geturl()}: {self.status} {self.value.get('detail') or response.reason}")
-        super().__init__("; ".join(details))
+            self.faults = [(each["index"], f"{each['field']} {each['message']}") for each in self.value.get("errors", ())]
+        details = "; ".join([str(self.value.get("detail") or response.reason)] + [text for _, text in self.faults[:9]])
+        super().__init__(f"{address.geturl()}: {self.status} {details}")
 
 
 def parse_address(text: str) -> Any:
@@ -3258,7 +3274,7 @@ class Remote:
                 response = self._connection.getresponse()
                 answer = response if stream and response.status == 200 else Reply(self._address, response)
                 if answer.status not in (408, 429) and (answer.status < 500 or answer.status in (501, 505)):
-                    self._waits("")
+                    self._waits("")  # also of what a caller had to report
                     return answer
                 after = response.getheader("Retry-After") or ""
                 trouble, least_s = str(answer), float(after) if re.fullmatch("[0-9]{1,4}", after) else 0.0
@@ -3314,7 +3330,7 @@ def deliver(remote: Remote, events: Sequence[bytes]) -> Outcome:
         elif len(part) == 1:
             refused[part[0]] = str(answer)
         else:  # those with a fault by themselves, then the rest; or, where none is named, one half and then the other
-            faults = {fault.get("index") for fault in answer.faults}
+            faults = [index for index, _ in answer.faults]
             named = [index for at, index in enumerate(part) if at in faults]
             rest, half = [index for at, index in enumerate(part) if at not in faults], len(part) // 2
             parts += [[index] for index in named] + [rest] * bool(rest) if named else [part[half:], part[:half]]
@@ -3474,12 +3490,12 @@ def _lines_of(path: Any, place: Place, follow: bool, step: int, longest: int) ->
     import io
     (file, place), rest, idle = _open(path, place, follow, step), b"", 0
     while True:
-        data = file.read(READ_BYTES)
+        holds = not follow or _holds(file, place)  # each time: a truncated file may have grown past our place again
+        data = file.read(READ_BYTES) if holds else b""
         idle, present = 0 if data else idle + 1, True  # also while it is moved away and its successor is not there yet
         with contextlib.suppress(OSError):
             present = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-        over = not data and (not follow or not _holds(file, place)
-                             or (not present and idle * FILE_POLL_S >= ROTATED_QUIET_S))
+        over = not data and (not follow or not holds or (not present and idle * FILE_POLL_S >= ROTATED_QUIET_S))
         rest, found = rest + data, []
         end = len(rest) if over else rest.rfind(b"\n") + 1 or len(rest) // longest * longest
         for line in io.BytesIO(rest[:end]):
@@ -4012,7 +4028,7 @@ def run_service(settings: Dict[str, Any]) -> int:
     # At each statement the writer waits for the GIL, up to one switch interval; 5 ms, the default, would be all its time.
     sys.setswitchinterval(0.00005)
     gc.freeze()  # what is loaded stays; and little of what comes makes cycles, so looking for them often is a waste
-    gc.set_threshold(50_000, 50, 50)
+    gc.set_threshold(50_000, 20, 10)
     try:
         return asyncio.run(serve(settings))
     except (StoreError, OSError, OverflowError, ValueError) as error:

@@ -63,8 +63,8 @@ KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 5, 
 MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5, 10}, "argparse": {11}, "signal": {11}, "concurrent": {4},
            "blake2b": {3, 10}, "sha256": {7}, "sys": {10, 11}}
 # section: what it imports inside a function, where it is needed: serving must not pay for it, and small systems lack it
-LAZY = {8: {"hmac"}, 10: {"http.client", "io", "random", "socket", "subprocess", "tempfile", "threading", "urllib.parse"},
-        11: {"resource", "socket", "ssl"}}
+LAZY = {0: {"_md5"}, 8: {"hmac"}, 10: {"http.client", "io", "random", "socket", "subprocess", "tempfile", "threading",
+                                       "urllib.parse"}, 11: {"resource", "socket", "ssl"}}
 
 
 SECTION_LINES = [SOURCE.count("\n", 0, match.start()) + 1 for match in re.finditer(r"^# §[0-9]+  ", SOURCE, re.M)]
@@ -699,6 +699,20 @@ def test_retention_by_age_removes_what_arrived_before_it(tmp_path):
         assert kinds(opened.commit([event(0)], NOW + 3 * day), 1) == ["duplicate"]
 
 
+def test_what_age_removes_counts_for_the_number_that_a_topic_keeps(tmp_path):
+    path, hour = str(tmp_path / "s.db"), 3_600_000_000
+    with contextlib.closing(aggregator.Store(path)) as opened:
+        opened.commit([event(i, timestamp=NOW + i) for i in range(5)], NOW)
+        opened.commit([event(i, timestamp=NOW - i) for i in range(5, 10)], NOW + hour)  # arrived later, happened before
+    with contextlib.closing(aggregator.Store(path, max_per_topic=5, retention_us=hour)) as opened:
+        while opened.tidy(NOW + hour + 1):
+            pass
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            listed = json.loads("[" + reader.page(aggregator.EventQuery()).text + "]")
+    assert sorted(each["event_id"] for each in listed) == ["5", "6", "7", "8", "9"]
+    assert sound(path) == []
+
+
 def test_a_step_of_retention_stays_under_50_ms(tmp_path):
     with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"))) as opened:
         opened.commit([event(i, "t%d" % (i % 7), timestamp=NOW + i) for i in range(20_000)], NOW)
@@ -974,6 +988,21 @@ def test_a_clock_that_is_set_back_an_hour_stops_neither_duplicates_nor_retention
         stats = reader.stats()
         assert stats["stored"] == 0 and stats["duplicate_delay_seconds"]["1"] == 1  # its delay was negative
         assert kinds(opened.commit([event(1), event(2)], NOW), 2) == ["duplicate"] * 2
+    assert sound(path) == []
+
+
+def test_many_events_of_a_clock_that_was_years_ahead_do_not_stop_retention(tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "TRIM_ROWS", 10)
+    hour, path = 3_600_000_000, str(tmp_path / "s.db")
+    with contextlib.closing(aggregator.Store(path, retention_us=hour)) as opened:
+        opened.commit([event(n) for n in range(50)], NOW + 90_000 * hour)
+        opened.commit([event(n) for n in range(50, 75)], NOW)
+        opened.commit([event(75)], NOW + hour)
+        assert not opened.tidy(NOW + hour)
+        while opened.tidy(NOW + hour + 1):
+            pass
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            assert reader.stats()["stored"] == 1
     assert sound(path) == []
 
 
@@ -3588,6 +3617,16 @@ def test_a_place_is_remembered_and_belongs_to_its_file(site, tmp_path, capsys):
             client("publish", "--url", url, "--topic", "t", "--state", place, tmp_path / other)
 
 
+@pytest.mark.parametrize("members", [{"detail": [{"loc": ["body"]}]}, {"errors": {"a": 1}}, {"errors": None}, {"errors": ["a"]},
+                                     {"errors": [{"index": [], "field": 1, "message": 2}]}])
+@pytest.mark.parametrize("status", [400, 422])
+def test_whatever_another_service_says_it_is_shown_and_no_crash(tmp_path, status, members):
+    (tmp_path / "log").write_text("one\n")
+    with Fake(lambda events: (status, members)) as fake:
+        found = run("publish", "--url", fake.url, "--topic", "t", str(tmp_path / "log"))
+    assert found.returncode == 1 and f": {status} " in found.stderr and "Traceback" not in found.stderr
+
+
 def test_without_an_acknowledgement_the_place_stays(tmp_path):
     (tmp_path / "log").write_text("one\n")
     with Fake(lambda events: (503, {})) as fake, Child(tmp_path, "publish", "--url", fake.url, "--topic", "t", "--state",
@@ -3711,6 +3750,18 @@ def test_a_followed_file_loses_nothing_through_rotation_truncation_and_restarts(
             place.write_text(known)  # as if it had been killed before the place was saved: the same lines, with the same ids
 
 
+def test_a_followed_file_that_is_truncated_and_at_once_longer_than_before_is_read_from_its_start(tmp_path):
+    log, found = tmp_path / "app.log", []
+    log.write_text("one\n")
+    lines = aggregator._lines_of(str(log), aggregator.Place(), True, 1, 1000)
+    for _ in range(10):
+        found += [piece for _, piece in next(lines)]
+        if found == [b"one\n"]:
+            log.write_text("two\nthree\nfour\n")  # the same inode
+            found += [b"then"]
+    assert found == [b"one\n", b"then", b"two\n", b"three\n", b"four\n"]
+
+
 def test_a_token_is_shown_to_the_service_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "log").write_text("one\n")
     with Program(tmp_path / "token.db", "--token", "s3cret") as program:
@@ -3826,6 +3877,15 @@ def test_a_relay_says_what_is_gone_sets_aside_what_is_refused_and_goes_on(tmp_pa
         assert json.loads((tmp_path / "place.refused").read_text())["event_id"] == "13"
         passed = [int(each["event_id"]) for asked in central.asked if refuse_thirteen(asked)[0] == 202 for each in asked]
         assert passed == [n for n in range(10, 20) if n != 13]
+
+
+def test_a_relay_says_that_it_waits_only_while_it_does(tmp_path):
+    breaks = iter([(200, "no chunk\n", {"Transfer-Encoding": "chunked"})])
+    with Fake(lambda target: next(breaks, (200, json.dumps({**sample("1"), "seq": 1}) + "\n"))) as edge, Fake(taken) as central, \
+            Child(tmp_path, "relay", "--from", edge.url, "--to", central.url) as child:
+        until(lambda: len(central.asked) > 2)
+        assert child.end() == 143
+        assert "waiting: " + edge.url in child.said() and "waiting" not in child.said().splitlines()[-1]
 
 
 def test_a_relay_that_cannot_go_on_says_why(tmp_path):
@@ -4375,6 +4435,14 @@ def test_openssl_is_loaded_for_tls_only():
         assert found.returncode == 0 and "aggregator" in found.stdout
         times = re.findall(r"^import time: +([0-9]+) \| +[0-9]+ \| +(?:_?ssl|_hashlib)$", found.stderr, re.M)
         assert times and (max(map(int, times)) > 200) == loaded  # microseconds: a refusal takes few
+
+
+def test_a_python_that_has_no_hashes_but_those_of_openssl_will_do():
+    pytest.importorskip("_hashlib")
+    code = ("import runpy, sys; sys.modules.update(dict.fromkeys('_md5 _sha1 _sha2 _sha256 _sha512 _sha3'.split()));"
+            f" sys.argv[1:] = ['--version']; runpy.run_path({PROGRAM!r}, run_name='__main__')")
+    found = run("-c", code, program=(sys.executable,))
+    assert (found.returncode, found.stderr) == (0, "") and "aggregator" in found.stdout
 
 
 def test_under_journald_log_lines_leave_the_time_to_it(tmp_path):
