@@ -3036,11 +3036,10 @@ class Server:
         self._sweeper.cancel()
 
     async def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             for connection in list(self._connections):
-                reason = connection.overdue(loop.time())
+                reason = connection.overdue(asyncio.get_running_loop().time())
                 if reason and not connection.expired:
                     self._cut_off(connection, HTTPError("timeout", reason + ": send it faster"))
 
@@ -3095,8 +3094,7 @@ class Server:
 
     async def _converse(self, connection: _Connection, reader: asyncio.StreamReader, parser: RequestParser) -> None:
         """Requests and answers until either side has had enough. Raises HTTPError for what cannot be read on."""
-        loop, writer = asyncio.get_running_loop(), connection.writer
-        in_a_row = 0
+        loop, writer, in_a_row = asyncio.get_running_loop(), connection.writer, 0
         while True:
             request = parser.next_request()
             if request is None:
@@ -3141,11 +3139,10 @@ class Server:
             self._hold(connection, 2 * len(body))  # once here, once in the transport
         writer.write(encode_response(response, self._now(), keep_alive, head_only, http_1_0))
         if not isinstance(body, bytes) and not head_only:
-            loop = asyncio.get_running_loop()
             try:
                 async for piece in body:
                     writer.write(piece if http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
-                    connection.phase, connection.since = "write", loop.time()
+                    connection.phase, connection.since = "write", asyncio.get_running_loop().time()
                     self._hold(connection, 2 * len(piece))
                     await writer.drain()
                     connection.phase, connection.held = "work", 0
