@@ -1379,7 +1379,10 @@ class Pipeline:
         self._in_flight += n
         self._in_flight_bytes += size
         self._taken += n
-        return await done if done is not None else None
+        try:
+            return await done if done is not None else None
+        finally:
+            del done  # an error would keep this frame, and it the future, and that the error, until the garbage collector came
 
     async def _consume(self) -> None:
         group: List[_Batch] = []
@@ -1405,7 +1408,7 @@ class Pipeline:
                 self._failure = str(error) if isinstance(error, StoreFailed) else f"a commit failed: {error!r}"
                 outcome = Unavailable(self._failure)
                 log.error("COMMIT FAILED - %d events of %d requests refused, nothing of them stored: %s", count,
-                          len(group), outcome, exc_info=not isinstance(error, StoreFailed))
+                          len(group), str(outcome), exc_info=not isinstance(error, StoreFailed))
             commit_us = int((self._loop.time() - started) * 1e6)
             self._settle(group, count, outcome, commit_us)
             if isinstance(outcome, Decision):
@@ -2663,13 +2666,12 @@ class API:
                         route.path, _shown(name), ", ".join(route.parameters) or "none"))
             return await self._handlers[route.handler](request, peer)
         except Exception as error:
-            refused, writes = _refusal(error), request.head.method not in ("GET", "HEAD", "OPTIONS")
-            log.log(logging.WARNING if writes else logging.DEBUG, f"REFUSED {PROBLEMS[refused.problem][0]} - %s, %s %s: %s", peer,
-                    request.head.method, _shown("/" + "/".join(request.head.path)), refused.detail)
-            return self.refuse(refused)
+            method, path = request.head.method, _shown("/" + "/".join(request.head.path))
+            return self.refuse(_refusal(error), f"{peer}, {method} {path}", method not in ("GET", "HEAD", "OPTIONS"))
 
-    def refuse(self, error: HTTPError) -> Response:
-        """The answer to a request that is refused, counted."""
+    def refuse(self, error: HTTPError, who: str, warn: bool = True) -> Response:
+        """The answer to a request that is refused, counted and logged."""
+        log.log(logging.WARNING if warn else logging.DEBUG, f"REFUSED {PROBLEMS[error.problem][0]} - %s: %s", who, error.detail)
         self._refused[error.problem] += 1
         return problem_details(error)
 
@@ -3051,11 +3053,10 @@ class Server:
         self._sweeper.cancel()
 
     async def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             for connection in list(self._connections):
-                reason = connection.overdue(loop.time())
+                reason = connection.overdue(asyncio.get_running_loop().time())
                 if reason and not connection.expired:
                     self._cut_off(connection, HTTPError("timeout", reason + ": send it faster"))
 
@@ -3094,13 +3095,14 @@ class Server:
                     with contextlib.closing(RequestParser(self._max_body)) as parser:
                         await self._converse(connection, reader, parser)
                 except HTTPError as error:
-                    why = error.with_traceback(None)  # its frames would keep the request in memory
+                    why = error
                 except asyncio.CancelledError:  # by the sweeper or by `stop`
                     why = connection.expired if connection.phase in ("head", "body") else None
             if why is not None and over <= REFUSALS_AT_ONCE:
+                why.__traceback__ = why.__context__ = None  # their frames would keep the request in memory
                 await self._farewell(connection, reader, why)
-        except (OSError, asyncio.CancelledError):
-            pass  # the client is gone, or `stop` waits no longer; the task ends here in any case
+        except (OSError, asyncio.CancelledError) as error:  # the client is gone, or `stop` waits no longer
+            error.with_traceback(None)  # the reader keeps the error, which keeps the frames, which keep request and answer
         finally:
             self._connections.discard(connection)
             if writer.transport.get_write_buffer_size():  # it does not read, and a close would wait until it does
@@ -3109,8 +3111,7 @@ class Server:
 
     async def _converse(self, connection: _Connection, reader: asyncio.StreamReader, parser: RequestParser) -> None:
         """Requests and answers until either side has had enough. Raises HTTPError for what cannot be read on."""
-        loop, writer = asyncio.get_running_loop(), connection.writer
-        in_a_row = 0
+        loop, writer, in_a_row = asyncio.get_running_loop(), connection.writer, 0
         while True:
             request = parser.next_request()
             if request is None:
@@ -3155,11 +3156,10 @@ class Server:
             self._hold(connection, 2 * len(body))  # once here, once in the transport
         writer.write(encode_response(response, self._now(), keep_alive, head_only, http_1_0))
         if not isinstance(body, bytes) and not head_only:
-            loop = asyncio.get_running_loop()
             try:
                 async for piece in body:
                     writer.write(piece if http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
-                    connection.phase, connection.since = "write", loop.time()
+                    connection.phase, connection.since = "write", asyncio.get_running_loop().time()
                     self._hold(connection, 2 * len(piece))
                     await writer.drain()
                     connection.phase, connection.held = "work", 0
@@ -3177,8 +3177,7 @@ class Server:
 
     async def _farewell(self, connection: _Connection, reader: asyncio.StreamReader, error: HTTPError) -> None:
         """Answer once and close."""
-        log.warning(f"REFUSED {PROBLEMS[error.problem][0]} - %s: %s", connection.peer, error.detail)
-        connection.writer.write(encode_response(self._api.refuse(error), self._now(), False))
+        connection.writer.write(encode_response(self._api.refuse(error, connection.peer), self._now(), False))
         await self._linger(connection, reader)
 
     async def _linger(self, connection: _Connection, reader: asyncio.StreamReader) -> None:

@@ -13,6 +13,7 @@ import datetime
 import doctest
 import email.utils
 import errno
+import gc
 import glob
 import gzip
 import hashlib
@@ -3375,6 +3376,49 @@ def test_what_is_refused_before_it_is_a_request_is_logged_with_peer_and_reason(s
     assert len(caplog.records) == 6
     for message in caplog.messages:
         assert re.match(r"REFUSED [45][0-9]{2} - 127\.0\.0\.1: .{10}", message) and message.isprintable() and message.isascii()
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_nothing_of_a_request_or_its_answer_waits_for_the_garbage_collector(open_site, monkeypatch):
+    """What waits for it are megabytes, and it comes after thousands of requests."""
+    limits = {"LINGER_TIMEOUT_S": 0.2, "HEAD_TIMEOUT_S": 0.3, "BODY_STALL_TIMEOUT_S": 0.3}
+    site, close = open_site(limits), "Connection: close"
+    site.server._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted sockets inherit it
+    body = json.dumps([sample(str(n), payload={"x": "y" * 100_000}) for n in range(5)]).encode()
+    publish, ndjson = http_request("POST", "/publish", body, close), ("Accept: application/x-ndjson", close)
+    gc.collect()
+    gc.disable()
+    try:
+        for data, status in (
+                (publish, 202), (http_request("GET", "/events", b"", close), 200),
+                (http_request("GET", "/events", b"", *ndjson), 200), (http_request("PUT", "/events/t/1", body, close), 409),
+                (http_request("POST", "/publish", b"[" + body, close), 400),
+                (http_request("POST", "/publish", b"[{}]", close), 422), (http_request("BREW", "/", body), 501),
+                (http_request("POST", "/publish", body, "Content-Encoding: gzip"), 400), (publish[:-9], 408), (publish[:20], 408),
+                (http_request("POST", "/publish", gzip.compress(body)[:-9], "Content-Encoding: gzip"), 400)):
+            assert exchange(site.port, data)[-1].status == status, data[:60]
+        for data in (publish[:-9], http_request("GET", "/events") * 3, http_request("GET", "/events", b"", ndjson[0]) * 3):
+            sock = dial(site.port, data, receive_bytes=4096)
+            if data.startswith(b"GET"):
+                sock.recv(10)
+            time.sleep(0.05)
+            reset(sock)
+        with monkeypatch.context() as failing:
+            failing.setattr(site.server._api._pipeline._store, "commit", lambda *_: 1 / 0)
+            assert exchange(site.port, publish)[0].status == 503
+        assert exchange(site.port, publish)[0].status == 202
+        kinds = (aggregator.Request, aggregator.Response, aggregator.RequestParser, aggregator.Page)
+        deadline, left = time.monotonic() + 5, [None]
+        while left and time.monotonic() < deadline:
+            time.sleep(0.02)
+            left = [each for each in gc.get_objects() if type(each) in kinds]
+        assert left == []
+    finally:
+        gc.enable()
 
 
 def test_the_date_follows_a_clock_that_is_set_back():
