@@ -991,11 +991,12 @@ class Store:
         """Remove up to `rows` events that retention has done with."""
         if rows <= 0:
             return state
-        gone = self._expired(now_us, rows)
+        left = rows - self._remove(self._expired(now_us, rows))  # first: of what is left, a topic may keep as many
+        gone: List[int] = []
         if self._over:
             state = self._list(state, 1)  # the listing knows what is oldest
         for topic in sorted(self._over):
-            if len(gone) >= rows:
+            if len(gone) >= left:
                 break
             stored = _value(self._db, "SELECT uniques - removed FROM stats WHERE kind = 'topic' AND name = ?", (topic,))
             if stored <= self._max_per_topic:  # so only once what was removed before is committed
@@ -1003,12 +1004,15 @@ class Store:
             else:
                 gone += json.loads(_value(
                     self._db, "SELECT json_group_array(seq) FROM (SELECT seq FROM listing WHERE topic = ? ORDER BY timestamp, seq"
-                    " LIMIT ?)", (topic, min(stored - self._max_per_topic, rows - len(gone)))))
-        if gone:
-            seqs = json.dumps(sorted(set(gone)))
-            for statement in _REMOVE:
-                self._db.execute(statement, (seqs,))
+                    " LIMIT ?)", (topic, min(stored - self._max_per_topic, left - len(gone)))))
+        self._remove(gone)
         return state
+
+    def _remove(self, seqs: List[int]) -> int:
+        """Take these events out of the log; how many they are."""
+        for statement in _REMOVE if seqs else ():
+            self._db.execute(statement, (json.dumps(sorted(seqs)),))
+        return len(seqs)
 
     def probe(self) -> None:
         """Prove that the store can be written, by writing as many pages as a small commit; no change would be no write."""

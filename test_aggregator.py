@@ -699,6 +699,20 @@ def test_retention_by_age_removes_what_arrived_before_it(tmp_path):
         assert kinds(opened.commit([event(0)], NOW + 3 * day), 1) == ["duplicate"]
 
 
+def test_what_age_removes_counts_for_the_number_that_a_topic_keeps(tmp_path):
+    path, hour = str(tmp_path / "s.db"), 3_600_000_000
+    with contextlib.closing(aggregator.Store(path)) as opened:
+        opened.commit([event(i, timestamp=NOW + i) for i in range(5)], NOW)
+        opened.commit([event(i, timestamp=NOW - i) for i in range(5, 10)], NOW + hour)  # arrived later, happened before
+    with contextlib.closing(aggregator.Store(path, max_per_topic=5, retention_us=hour)) as opened:
+        while opened.tidy(NOW + hour + 1):
+            pass
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            listed = json.loads("[" + reader.page(aggregator.EventQuery()).text + "]")
+    assert sorted(each["event_id"] for each in listed) == ["5", "6", "7", "8", "9"]
+    assert sound(path) == []
+
+
 def test_a_step_of_retention_stays_under_50_ms(tmp_path):
     with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"))) as opened:
         opened.commit([event(i, "t%d" % (i % 7), timestamp=NOW + i) for i in range(20_000)], NOW)
