@@ -3478,12 +3478,12 @@ def _lines_of(path: Any, place: Place, follow: bool, step: int, longest: int) ->
     import io
     (file, place), rest, idle = _open(path, place, follow, step), b"", 0
     while True:
-        data = file.read(READ_BYTES)
+        holds = not follow or _holds(file, place)  # each time: a truncated file may have grown past our place again
+        data = file.read(READ_BYTES) if holds else b""
         idle, present = 0 if data else idle + 1, True  # also while it is moved away and its successor is not there yet
         with contextlib.suppress(OSError):
             present = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-        over = not data and (not follow or not _holds(file, place)
-                             or (not present and idle * FILE_POLL_S >= ROTATED_QUIET_S))
+        over = not data and (not follow or not holds or (not present and idle * FILE_POLL_S >= ROTATED_QUIET_S))
         rest, found = rest + data, []
         end = len(rest) if over else rest.rfind(b"\n") + 1 or len(rest) // longest * longest
         for line in io.BytesIO(rest[:end]):

@@ -3725,6 +3725,18 @@ def test_a_followed_file_loses_nothing_through_rotation_truncation_and_restarts(
             place.write_text(known)  # as if it had been killed before the place was saved: the same lines, with the same ids
 
 
+def test_a_followed_file_that_is_truncated_and_at_once_longer_than_before_is_read_from_its_start(tmp_path):
+    log, found = tmp_path / "app.log", []
+    log.write_text("one\n")
+    lines = aggregator._lines_of(str(log), aggregator.Place(), True, 1, 1000)
+    for _ in range(10):
+        found += [piece for _, piece in next(lines)]
+        if found == [b"one\n"]:
+            log.write_text("two\nthree\nfour\n")  # the same inode
+            found += [b"then"]
+    assert found == [b"one\n", b"then", b"two\n", b"three\n", b"four\n"]
+
+
 def test_a_token_is_shown_to_the_service_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "log").write_text("one\n")
     with Program(tmp_path / "token.db", "--token", "s3cret") as program:
