@@ -35,7 +35,12 @@ import sys
 # OpenSSL would come in with asyncio and hashlib and take 4 MB. Whoever wants HTTPS says so, and then it may.
 if __name__ == "__main__" and not any("--tls-" in word or "https:" in word.lower() for word in (
         *sys.argv, os.environ.get("AGGREGATOR_URL", ""), "--tls-" * ("TLS_CERT" in os.environ))):
-    sys.modules["ssl"] = sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    try:
+        import _md5  # type: ignore[import-not-found]  # noqa: F401
+        sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    except ImportError:  # Pythons built for FIPS have OpenSSL's hashes only
+        pass
 
 import argparse
 import asyncio

@@ -63,8 +63,8 @@ KNOWS = {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 2, 3, 4}, 5: {1, 5}, 6: {1, 5, 
 MODULES = {"sqlite3": {3}, "asyncio": {4, 9, 11}, "zlib": {5, 10}, "argparse": {11}, "signal": {11}, "concurrent": {4},
            "blake2b": {3, 10}, "sha256": {7}, "sys": {10, 11}}
 # section: what it imports inside a function, where it is needed: serving must not pay for it, and small systems lack it
-LAZY = {8: {"hmac"}, 10: {"http.client", "io", "random", "socket", "subprocess", "tempfile", "threading", "urllib.parse"},
-        11: {"resource", "socket", "ssl"}}
+LAZY = {0: {"_md5"}, 8: {"hmac"}, 10: {"http.client", "io", "random", "socket", "subprocess", "tempfile", "threading",
+                                       "urllib.parse"}, 11: {"resource", "socket", "ssl"}}
 
 
 SECTION_LINES = [SOURCE.count("\n", 0, match.start()) + 1 for match in re.finditer(r"^# §[0-9]+  ", SOURCE, re.M)]
@@ -4401,6 +4401,14 @@ def test_openssl_is_loaded_for_tls_only():
         assert found.returncode == 0 and "aggregator" in found.stdout
         times = re.findall(r"^import time: +([0-9]+) \| +[0-9]+ \| +(?:_?ssl|_hashlib)$", found.stderr, re.M)
         assert times and (max(map(int, times)) > 200) == loaded  # microseconds: a refusal takes few
+
+
+def test_a_python_that_has_no_hashes_but_those_of_openssl_will_do():
+    pytest.importorskip("_hashlib")
+    code = ("import runpy, sys; sys.modules.update(dict.fromkeys('_md5 _sha1 _sha2 _sha256 _sha512 _sha3'.split()));"
+            f" sys.argv[1:] = ['--version']; runpy.run_path({PROGRAM!r}, run_name='__main__')")
+    found = run("-c", code, program=(sys.executable,))
+    assert (found.returncode, found.stderr) == (0, "") and "aggregator" in found.stdout
 
 
 def test_under_journald_log_lines_leave_the_time_to_it(tmp_path):
