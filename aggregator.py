@@ -985,12 +985,15 @@ class Store:
         return True
 
     def _expired(self, now_us: int, rows: int) -> List[int]:
-        """The seqs of the oldest events that --retention has done with, and of what came before them by another clock."""
+        """The seqs of the oldest events that --retention has done with, and of what came before them by another clock: what
+        is of the future proves nothing, and must not keep the events behind it."""
         if not self._retention_us:
             return []
-        return list(json.loads(_value(
-            self._db, "WITH o AS (SELECT seq, processed_at FROM processed_events ORDER BY seq LIMIT ?) SELECT json_group_array("
-            "seq) FROM o WHERE seq <= (SELECT max(seq) FROM o WHERE processed_at < ?)", (rows, now_us - self._retention_us))))
+        return list(json.loads(_value(self._db, """
+            WITH o AS (SELECT seq, processed_at FROM processed_events WHERE processed_at <= :now ORDER BY seq LIMIT :rows)
+            SELECT json_group_array(seq) FROM (SELECT seq FROM processed_events WHERE seq <= (
+                SELECT max(seq) FROM o WHERE processed_at < :now - :kept) ORDER BY seq LIMIT :rows)""",
+                                      {"now": now_us, "kept": self._retention_us, "rows": rows})))
 
     def _trim(self, state: "_State", now_us: int, rows: int) -> "_State":
         """Remove up to `rows` events that retention has done with."""

@@ -991,6 +991,21 @@ def test_a_clock_that_is_set_back_an_hour_stops_neither_duplicates_nor_retention
     assert sound(path) == []
 
 
+def test_many_events_of_a_clock_that_was_years_ahead_do_not_stop_retention(tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregator, "TRIM_ROWS", 10)
+    hour, path = 3_600_000_000, str(tmp_path / "s.db")
+    with contextlib.closing(aggregator.Store(path, retention_us=hour)) as opened:
+        opened.commit([event(n) for n in range(50)], NOW + 90_000 * hour)
+        opened.commit([event(n) for n in range(50, 75)], NOW)
+        opened.commit([event(75)], NOW + hour)
+        assert not opened.tidy(NOW + hour)
+        while opened.tidy(NOW + hour + 1):
+            pass
+        with contextlib.closing(aggregator.Reader(path)) as reader:
+            assert reader.stats()["stored"] == 1
+    assert sound(path) == []
+
+
 @contextlib.contextmanager
 def as_somebody_else():
     """For root nothing is read-only."""
