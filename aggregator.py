@@ -3076,7 +3076,7 @@ class Server:
         for oldest in sorted([each for each in self._connections if each.held], key=lambda each: each.since):
             if sum([each.held for each in self._connections]) <= max(BUFFERS_MAX_BYTES, 2 * self._max_body):
                 break
-            if oldest.phase in ("body", "write"):  # the others are being answered
+            if oldest.phase in ("body", "write") and oldest is not connection:  # others are being answered, and this one moves
                 self._cut_off(oldest, HTTPError("overloaded", "too much is on its way, and this has taken longest: try again"))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

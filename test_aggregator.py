@@ -3334,6 +3334,23 @@ def test_bodies_on_their_way_are_bounded_together_and_the_slowest_makes_room(ope
     assert held(site) == 0 and [each for each in caplog.messages if each.startswith("REFUSED 503 - 127.0.0.1: too much")]
 
 
+def test_what_completes_a_body_or_is_all_of_an_answer_is_not_cut_off_for_being_too_much(open_site):
+    site = open_site({"BUFFERS_MAX_BYTES": 800_000, "LINGER_TIMEOUT_S": 0.2}, max_body_bytes=400_000)
+    start = http_request("PUT", "/events/a/1", b"", "Content-Length: 399999")
+    with contextlib.ExitStack() as stack:
+        first, second, third = [stack.enter_context(dial(site.port, start)) for _ in range(3)]
+        until(lambda: [each.phase for each in list(site.server._connections)] == ["body"] * 3)
+        for n, sock in enumerate((first, second)):
+            sock.sendall(b" " * 350_000)
+            until(lambda n=n: held(site) == (n + 1) * 350_000)
+        while held(site) < 765_000:
+            third.sendall(b" " * 4_000)
+            time.sleep(0.01)
+        first.sendall(b" " * 49_999)  # now all of it is there, and together they are too much
+        assert first.recv(12) == b"HTTP/1.1 201"
+    assert len(fetch(site.port, "GET", "/events/a/1").body) * 2 > 800_000
+
+
 def test_answers_that_are_not_read_are_bounded_together(open_site, caplog):
     site = open_site({"BUFFERS_MAX_BYTES": 5_000_000, "LINGER_TIMEOUT_S": 0.2}, max_body_bytes=2_000_000)
     fetch(site.port, "POST", "/publish", [sample(str(n), payload={"x": "y" * 150_000}) for n in range(10)])
