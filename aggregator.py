@@ -645,7 +645,10 @@ DELETE FROM processed_events WHERE seq IN GONE
 _SEQUENCES = """
 WITH wanted(k) AS (VALUES {rows}) SELECT json_group_object(k, json_array(newest, given_up, json(ranges)))
     FROM wanted CROSS JOIN sequences ON source = k"""
-_TRACK = "INSERT OR REPLACE INTO sequences(source, newest, missing, given_up, ranges) VALUES {rows}"
+_TRACK = """
+INSERT OR REPLACE INTO sequences(source, newest, missing, given_up, ranges) SELECT json_extract(value, '$[0]'),
+    json_extract(value, '$[1]'), json_extract(value, '$[2]'), json_extract(value, '$[3]'), json_extract(value, '$[4]')
+    FROM json_each(?)"""
 _PROGRESS = "UPDATE progress SET through = ? WHERE part = ?"
 _COUNT = """
 INSERT INTO stats(kind, name, uniques, duplicates, conflicts, removed) VALUES {rows} ON CONFLICT(kind, name) DO UPDATE SET
@@ -941,8 +944,8 @@ class Store:
             newest, ranges = close_gaps(newest, ranges, sorted(arrived))
             given_up += sum([last - first + 1 for first, last in ranges[:-GAPS_KEPT]])
             ranges = ranges[-GAPS_KEPT:]
-            rows.append((source, newest, sum([last - first + 1 for first, last in ranges]), given_up, json.dumps(ranges)))
-        _run(self._db, _TRACK, rows)
+            rows.append((source, newest, sum([last - first + 1 for first, last in ranges]), given_up, ranges))
+        self._db.execute(_TRACK, (json.dumps(rows),))
 
     def _merge(self, state: "_State", incoming: int, now_us: int) -> "_State":
         """Move the slice that has waited longest from `recent.ids` to `seen`, if there are more than RECENT_IDS keys; more

@@ -48,6 +48,7 @@ import aggregator
 
 PROGRAM = os.path.abspath(aggregator.__file__)
 NOW = 1_767_225_600_000_000  # 2026-01-01T00:00:00Z in microseconds
+needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc to look into")
 
 
 # ======================================================================================================================
@@ -874,6 +875,19 @@ def test_the_gaps_of_a_source_are_what_a_set_says_they_are(tmp_path, seed):
                 assert listed == missing if len(entry["missing"]) < 100 else listed <= missing
     opened.close()
     assert sound(path) == []
+
+
+@needs_linux
+def test_payloads_of_every_group_size_are_not_kept_in_memory(tmp_path):
+    with contextlib.closing(aggregator.Store(str(tmp_path / "s.db"), False)) as opened:
+        opened.commit([event("first", payload='{"n":"%s"}' % ("x" * 2_000_000))], NOW)
+        before = memory_mb(os.getpid(), "VmRSS")
+        for n in range(1, 64):
+            payload = '{"n":"%s"}' % ("x" * (2_000_000 // n))
+            assert opened.commit([event("%d-%d" % (n, m), payload=payload) for m in range(n)], NOW).repeats == []
+        assert memory_mb(os.getpid(), "VmRSS") < before + 60
+    with contextlib.closing(aggregator.Reader(str(tmp_path / "s.db"))) as reader:
+        assert reader.stats()["stored"] == 1 + 63 * 64 // 2
 
 
 def test_the_gaps_remembered_are_bounded_and_the_largest_numbers_do_no_harm(tmp_path, store):
@@ -4579,9 +4593,6 @@ def memory_mb(pid, what="VmHWM"):
 
 def descriptors(pid):
     return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc to look into")
 
 
 @contextlib.contextmanager
