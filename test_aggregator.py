@@ -2,8 +2,8 @@
 §6 Reference, §7 Page, §8 API, §9 Server, §10 Client, and the whole program as a process. pytest and the standard library;
 no plugins, no mocks of our own store.
 
-Environment: KILL_ROUNDS, CRASH_ROUNDS, MODEL_SEEDS, MODEL_STEPS, FUZZ_REQUESTS, DAMAGE_ROUNDS, DISK_FULL_ROUNDS and
-SOAK_MINUTES make the random tests longer.
+Environment: KILL_ROUNDS, CRASH_ROUNDS, MODEL_SEEDS, MODEL_STEPS, FUZZ_REQUESTS, DAMAGE_ROUNDS, DISK_FULL_ROUNDS, RELAY_KILLS
+and SOAK_MINUTES make the random tests longer.
 """
 import ast
 import asyncio
