@@ -7,34 +7,40 @@
 
     python3 aggregator.py &
     curl -s localhost:8000/publish -d '{"topic": "door", "event_id": "1",
-        "timestamp": "2026-01-01T12:00:00Z", "source": "hall", "payload": {"open": true}}'
+        "timestamp": "2026-01-01T12:00:00Z", "source": "hall", "payload": {"open":
+        true}}'
     curl -s localhost:8000/events
 
 Publish the same event again, after a time-out, a crash, a power cut: the answer says
 `"duplicates":1`, and the list still holds it once.
 
-     curl ──POST /publish──▶ HTTP parser ─▶ validate ─▶ asyncio.Queue ─▶ consumer ─▶ store
-            §9 sockets        §6             §1          §5               §5          §3, §2
+     curl ──POST /publish──▶ HTTP parser ─▶ validate ─▶ asyncio.Queue ─▶ consumer ─▶
+     store
+            §9 sockets        §6             §1          §5               §5
+            §3, §2
           ◀─ 202 ──────────────────────── after the commit ◀── verdicts ◀── group commit
-     curl ──GET /events ────▶ §8 routes ─▶ read connection (§4; readers never block the writer)
+     curl ──GET /events ────▶ §8 routes ─▶ read connection (§4; readers never block the
+     writer)
 
-The life of one event. The server (§9) feeds the bytes of a socket to the parser (§6), which
-hands over a whole request or refuses it. The route's handler (§8) has the body turned into
-`Event`s (§1): all of them, or none. The pipeline (§5) queues them. Its consumer passes
-everything that waits to the store (§3). The store asks the index (§2) which events it has
-seen before, writes the new ones, counts, and commits: one transaction and one fsync for the
-whole group. Only then is the publisher answered.
+The life of one event. The server (§9) feeds the bytes of a socket to the parser (§6),
+which hands over a whole request or refuses it. The route's handler (§8) has the body
+turned into `Event`s (§1): all of them, or none. The pipeline (§5) queues them. Its
+consumer passes everything that waits to the store (§3). The store asks the index (§2)
+which events it has seen before, writes the new ones, counts, and commits: one
+transaction and one fsync for the whole group. Only then is the publisher answered.
 
-Promised: 202 means that the events are on disk (`wait=0` and `--sync normal` promise less,
-and say so). An identity (topic, event_id) is stored once. A request is taken whole or not at
-all. The books balance: received = unique + duplicates + queued. Not promised: an order
-between publishers, and that a publisher which never tries again gets everything through.
+Promised: 202 means that the events are on disk (`wait=0` and `--sync normal` promise
+less, and say so). An identity (topic, event_id) is stored once. A request is taken
+whole or not at all. The books balance: received = unique + duplicates + queued. Not
+promised: an order between publishers, and that a publisher which never tries again gets
+everything through.
 
 How to read this file. Sections stand in the order of their dependencies: each uses only
-names from sections above it, and its banner says which. Part I (§1 to §5) is the subject:
-who came for deduplication reads §2, then `Store.commit` in §3. Part II (§6) is HTTP/1.1
-without any I/O. Part III (§7 to §11) is the service. Part IV (§12, §13) is the other half:
-clients that publish, follow files and relay. Part V (§14) is the program around it.
+names from sections above it, and its banner says which. Part I (§1 to §5) is the
+subject: who came for deduplication reads §2, then `Store.commit` in §3. Part II (§6) is
+HTTP/1.1 without any I/O. Part III (§7 to §11) is the service. Part IV (§12, §13) is the
+other half: clients that publish, follow files and relay. Part V (§14) is the program
+around it.
 """
 
 import os
@@ -122,8 +128,8 @@ log = logging.getLogger("aggregator")
 # Three limits that several sections share. Every other limit stands at the head of the
 # section that keeps it.
 #
-# Events that may wait to be committed; the default of --queue-max-size. At 20,000 events
-# a second this is half a second's worth.
+# Events that may wait to be committed; the default of --queue-max-size. At 20,000
+# events a second this is half a second's worth.
 QUEUE_MAX_EVENTS = 10_000
 # Bytes of one body, before and after inflating; the default of --max-body. A full queue
 # of common events fits.
@@ -194,7 +200,8 @@ class Fault(NamedTuple):
     `field` is "" if the value as a whole is wrong.
     """
 
-    index: int  # type: ignore[assignment]  # hides tuple.index
+    # Hides tuple.index.
+    index: int  # type: ignore[assignment]
     field: str
     message: str
 
@@ -851,13 +858,15 @@ class Known(NamedTuple):
     seq: int
     fingerprint: int
     first_seen: int  # microseconds since 1970 UTC
-    place: str  # "recent", "seen", or "batch": earlier in the same group
+    # "recent", "seen", or "batch": earlier in the same group.
+    place: str
 
 
 class Repeat(NamedTuple):
     """The record at `index` of a group is not new: a duplicate, or a conflict."""
 
-    index: int  # type: ignore[assignment]  # hides tuple.index
+    # Hides tuple.index.
+    index: int  # type: ignore[assignment]
     kind: str
     first: Known
 
@@ -868,13 +877,15 @@ class Decision(NamedTuple):
     first_seq: int
     fresh: Sequence[Record]
     repeats: List[Repeat]
-    arrived_us: int  # microseconds since 1970 UTC: the arrival of all that is new
+    # Microseconds since 1970 UTC: the arrival of all that is new.
+    arrived_us: int
 
 
 class ForgetBefore(NamedTuple):
     """Which tombstones of removed events may be forgotten: both must hold."""
 
-    before_us: int  # first seen before this instant, in microseconds since 1970 UTC
+    # First seen before this instant, in microseconds since 1970 UTC.
+    before_us: int
     through_seq: int  # with this seq or a lower one
 
 
@@ -940,7 +951,8 @@ def decide(
     if not known and len(keys) == len(records):
         # Mostly nothing repeats anything.
         return Decision(last_seq + 1, records, [], now_us)
-    known = dict(known)  # what this group adds is ours alone until it is committed
+    # What this group adds is ours alone until it is committed.
+    known = dict(known)
     fresh: List[Record] = []
     repeats: List[Repeat] = []
     for index, record in enumerate(records):
@@ -1387,10 +1399,12 @@ class StoreSettings(NamedTuple):
     tests make small, so that little work shows what much work would.
     """
 
-    full_sync: bool = True  # a commit survives a power cut, not only a crash
+    # A commit survives a power cut, not only a crash.
+    full_sync: bool = True
     max_per_topic: int = 0  # events
     retention_us: int = 0  # since the arrival of an event
-    dedup_retention_us: int = 0  # since the arrival of an event that is removed
+    # Since the arrival of an event that is removed.
+    dedup_retention_us: int = 0
     recent_ids: int = RECENT_IDS
     slices: int = SLICES
     list_rows: int = LIST_ROWS
@@ -1400,7 +1414,8 @@ class StoreSettings(NamedTuple):
     checkpoint_pages: int = CHECKPOINT_PAGES
     wal_warn_bytes: int = WAL_WARN_BYTES
     clock_settles_us: int = CLOCK_SETTLES_US
-    lock_timeout_s: float = 5.0  # another program may hold SQLite's lock for so long
+    # Another program may hold SQLite's lock for so long.
+    lock_timeout_s: float = 5.0
 
 
 class Moment(NamedTuple):
@@ -2536,9 +2551,11 @@ class Store:
 class Erasure(NamedTuple):
     """Which events of some topics to erase, and how far that has come."""
 
-    next_topic: Optional[str]  # the first that may have more; None at the end
+    # The first that may have more; None at the end.
+    next_topic: Optional[str]
     last_topic: str
-    until_us: Optional[int]  # only timestamps before it, in microseconds since 1970
+    # Only timestamps before it, in microseconds since 1970.
+    until_us: Optional[int]
     through_seq: int  # only what was stored by then
     events: int = 0  # erased so far
 
@@ -2631,7 +2648,8 @@ class SequenceAccount(NamedTuple):
     """
 
     newest: int
-    given_up: int = 0  # numbers that were missing and are no longer kept
+    # Numbers that were missing and are no longer kept.
+    given_up: int = 0
     missing: Sequence[Sequence[int]] = ()  # ranges [first, last], ascending
 
     def missing_count(self) -> int:
@@ -2914,7 +2932,8 @@ class StoreCopy(NamedTuple):
 
     size: int  # bytes
     events: int
-    newest_seq: int  # the last that was given out; 0 if there was none
+    # The last that was given out; 0 if there was none.
+    newest_seq: int
 
 
 def copy_store(path: str, target: str) -> StoreCopy:
@@ -3053,7 +3072,8 @@ class EventQuery(NamedTuple):
     since: Optional[int] = None  # microseconds since 1970 UTC, inclusive
     until: Optional[int] = None  # the same, exclusive
     limit: int = PAGE_DEFAULT
-    after: Optional[Tuple[int, int]] = None  # (timestamp, seq) of the last event seen
+    # (timestamp, seq) of the last event seen.
+    after: Optional[Tuple[int, int]] = None
     descending: bool = False
 
 
@@ -3065,7 +3085,8 @@ class Page(NamedTuple):
 
     text: str
     size: int  # events
-    next: Optional[Tuple[int, int]]  # `after` for the next page; None at the end
+    # `after` for the next page; None at the end.
+    next: Optional[Tuple[int, int]]
 
 
 class Tail(NamedTuple):
@@ -3076,19 +3097,23 @@ class Tail(NamedTuple):
     """
 
     seqs: List[int]  # of the events that match, in order
-    lines: str  # these events as JSON, joined by newlines
+    # These events as JSON, joined by newlines.
+    lines: str
     through: int  # the seq up to which the log was read
     newest: int  # the newest seq there is
-    oldest: int  # the oldest still in the log; newest + 1 if there is none
+    # The oldest still in the log; newest + 1 if there is none.
+    oldest: int
 
 
 class CountQuery(NamedTuple):
     """What to count. Instants and spans are in microseconds."""
 
-    span_us: int  # of each count: a minute, an hour, a day
+    # Of each count: a minute, an hour, a day.
+    span_us: int
     since: int  # inclusive
     until: int  # exclusive
-    offset_us: int = 0  # of local time from UTC: where a day begins
+    # Of local time from UTC: where a day begins.
+    offset_us: int = 0
     topic: Optional[str] = None
     prefix: bool = False
     source: Optional[str] = None
@@ -3767,10 +3792,14 @@ class Stopping(Exception):
 class Verdict(NamedTuple):
     """What became of one event."""
 
-    kind: str  # NEW, DUPLICATE, or CONFLICT: the identity has another content
-    seq: int  # of the event that is stored under the identity
-    first_seen: int  # its arrival, in microseconds since 1970 UTC
-    place: str  # where its key was found: "nowhere", "recent", "seen" or "batch"
+    # NEW, DUPLICATE, or CONFLICT: the identity has another content.
+    kind: str
+    # Of the event that is stored under the identity.
+    seq: int
+    # Its arrival, in microseconds since 1970 UTC.
+    first_seen: int
+    # Where its key was found: "nowhere", "recent", "seen" or "batch".
+    place: str
 
 
 class Receipt(NamedTuple):
@@ -3780,11 +3809,13 @@ class Receipt(NamedTuple):
     """
 
     records: List[Record]
-    first_seq: int  # of the first new event; the others follow without a gap
+    # Of the first new event; the others follow without a gap.
+    first_seq: int
     repeats: List[Repeat]  # everything else is new
     arrived_us: int
     group_events: int
-    commit_us: int  # how long the commit took, in microseconds
+    # How long the commit took, in microseconds.
+    commit_us: int
 
     @property
     def unique(self) -> int:
@@ -3826,7 +3857,8 @@ def verdict_of(repeat: Repeat) -> Verdict:
 class Duplicate(NamedTuple):
     """An event that was not new, as it is remembered for GET /duplicates."""
 
-    record: Record  # of its payload only the beginning of a conflict's, else ""
+    # Of its payload only the beginning of a conflict's, else "".
+    record: Record
     verdict: Verdict
     arrived_us: int
 
@@ -3849,7 +3881,8 @@ class Share(NamedTuple):
     """What one batch has of the decision on its group."""
 
     first_seq: int
-    repeats: List[Repeat]  # indexes count from the start of the batch
+    # Indexes count from the start of the batch.
+    repeats: List[Repeat]
 
 
 def shares_of(decision: Decision, sizes: Sequence[int]) -> List[Share]:
@@ -4023,7 +4056,8 @@ class PipelineLimits(NamedTuple):
     tidy_interval_s: float = TIDY_INTERVAL_S
     health_probe_s: float = HEALTH_PROBE_S
     commit_hangs_s: float = COMMIT_HANGS_S
-    close_s: float = 2.0  # for closing the store, once the queue is empty
+    # For closing the store, once the queue is empty.
+    close_s: float = 2.0
 
 
 class _Batch(NamedTuple):
@@ -5495,7 +5529,7 @@ class CursorExpired(Exception):
 
     def __init__(self, after: int, oldest_seq: int) -> None:
         super().__init__(
-            f"events after seq {after} have been removed by retention; the oldest there is has"
+            f"events after seq {after} have been removed; the oldest there is has"
             f" seq {oldest_seq}: to go on without the lost ones, follow with"
             f" after={oldest_seq - 1}"
         )
@@ -5522,7 +5556,8 @@ class LiveTail:
         self._loop = asyncio.get_running_loop()
         self._ended = False
         self._news: Optional[asyncio.Future[None]] = None
-        self._woken_s = 0.0  # when the followers were last woken, by the loop's clock
+        # When the followers were last woken, by the loop's clock.
+        self._woken_s = 0.0
         self._asked: Dict[Tuple[EventQuery, int], asyncio.Future[Tail]] = {}
         pipeline.commit_listeners.append(self._on_commit)
 
@@ -5848,7 +5883,8 @@ VARY_ACCEPT: FieldLines = (("Vary", "Accept"),)
 def json_bytes(value: Any) -> bytes:
     """A value as one line of compact JSON.
 
-    A path of the system need not be UTF-8. What cannot be encoded is shown as an escape.
+    A path of the system need not be UTF-8. What cannot be encoded is shown as an
+    escape.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace") + b"\n"
@@ -5962,7 +5998,8 @@ class Answer(NamedTuple):
 
     status: int
     meaning: str
-    example: str  # as on the wire; JSON may have blanks and line ends
+    # As on the wire; JSON may have blanks and line ends.
+    example: str
     content_type: str = JSON_TYPE
     ask: str = ""  # the query, with its question mark
     path: str = ""
@@ -5988,7 +6025,8 @@ class Route(NamedTuple):
     bodies: Tuple[Body, ...]
     answers: Tuple[Answer, ...]
     problems: Tuple[str, ...]
-    is_negotiated: bool  # whether the answer depends on the Accept field
+    # Whether the answer depends on the Accept field.
+    is_negotiated: bool
 
     @property
     def name(self) -> str:
@@ -6259,7 +6297,8 @@ class Access(NamedTuple):
 
 def is_one_of(presented: bytes, tokens: Sequence[str]) -> bool:
     """Whether this is one of the tokens; how long it takes betrays nothing."""
-    import hmac  # not at the top: small systems have it in a package of its own
+    # Not at the top: small systems have it in a package of its own.
+    import hmac
 
     known = False
     # Every token is compared, and each comparison takes as long wherever the two
@@ -7703,7 +7742,8 @@ def standard_keys(secret: str) -> List[bytes]:
 
 
 def _hmac_sha256(key: bytes, content: bytes) -> bytes:
-    import hmac  # not at the top: small systems have it in a package of its own
+    # Not at the top: small systems have it in a package of its own.
+    import hmac
 
     return hmac.new(key, content, sha256).digest()
 
@@ -8300,7 +8340,8 @@ class _Connection:
         self.since = now  # when the phase began
         self.moved = 0  # bytes that came or went in this phase
         self.moved_at = now  # when the last of them did
-        self.kept = 0  # bytes that count against the room; only `_Room` writes this
+        # Bytes that count against the room; only `_Room` writes this.
+        self.kept = 0
         self.cut_off: Optional[HTTPError] = None  # why the connection was cut off
 
     def enter(self, phase: str, now: float) -> None:
@@ -8394,7 +8435,8 @@ class Server:
         self._connections: Set[_Connection] = set()
         api.connections = self._connections.__len__
         self._stopping = False
-        self._shortage_at = float("-inf")  # when a connection could not be taken last
+        # When a connection could not be taken last.
+        self._shortage_at = float("-inf")
         self._date_second = -1
         self._date = ""
 
@@ -11901,7 +11943,8 @@ class Batch(NamedTuple):
     """Events that were read together, and the place behind them."""
 
     events: List[bytes]  # as JSON
-    numbers: List[int]  # for messages: the number of the line, or the seq
+    # For messages: the number of the line, or the seq.
+    numbers: List[int]
     place: Any = None  # a value for JSON; None moves nothing
 
 

@@ -4155,7 +4155,7 @@ DAYS = text_table("""
     today, further east | today     | +02:00 | 2025-12-31T22:00:00Z
     today, further west | today     | -01:00 | 2025-12-31T01:00:00Z
     yesterday, west     | yesterday | -01:00 | 2025-12-30T01:00:00Z
-    half an hour        | today     | +05:30 | 2025-12-31T18:30:00Z
+    half an hour more   | today     | +05:30 | 2025-12-31T18:30:00Z
 """)
 
 
@@ -10896,6 +10896,15 @@ def test_health_is_200_and_warns_of_a_full_disk(desk, caplog):
     assert desk.stats()["health"]["warning"] == "the disk has only 1 MB left"
 
 
+def test_the_command_health_says_what_the_service_warns_of(site):
+    url = aggregator.parse_address(f"http://127.0.0.1:{site.port}")
+    assert aggregator.health_of_service(url).sentence == "ok"
+    site.api.pipeline.growth.add(0.0, aggregator.DiskUse(MB, free=MB, total=GB))
+    found = aggregator.health_of_service(url)
+    assert found.is_good
+    assert found.sentence == "ok, but the disk has only 1 MB left"
+
+
 def test_the_log_says_once_that_the_disk_gets_full(desk, caplog, monkeypatch):
     monkeypatch.setattr(aggregator, "disk_use", lambda path: aggregator.DiskUse(MB, MB, GB))
     monkeypatch.setattr(aggregator, "DISK_LOOK_S", 0.0)
@@ -11132,6 +11141,12 @@ def test_a_store_that_1_0_0_wrote_opens(tmp_path):
         assert "UPGRADED" in program.read_log()
         assert len(program.listed()) == 101
     assert contradictions(db) == []
+
+
+@pytest.mark.parametrize("target", ["/events", "/events?since=7d", "/counts?until=7d"])
+def test_a_zone_that_is_none_is_refused_also_where_nothing_needs_it(desk, target):
+    joint = "&" if "?" in target else "?"
+    assert desk.get(f"{target}{joint}tz=").problem == "bad-parameter"
 
 
 # ============================================================================
