@@ -72,6 +72,54 @@ from typing import (
 )
 
 
+def kept_bytecode(path: str) -> str:
+    """The name of the compiled form of a source file. It is made if it is missing or old.
+
+    It stands where an import would keep it. Its first 16 bytes say which Python made
+    it, and the time and size of its source (PEP 552). Raises OSError where it cannot be
+    written.
+    """
+    import importlib.util
+    import py_compile
+
+    source = os.stat(path)
+    numbers = (0, int(source.st_mtime), source.st_size)
+    head = importlib.util.MAGIC_NUMBER
+    for number in numbers:
+        head += (number & 0xFFFFFFFF).to_bytes(4, "little")
+    kept = importlib.util.cache_from_source(path)
+    try:
+        with open(kept, "rb") as file:
+            if file.read(16) == head:
+                return kept
+    except FileNotFoundError:
+        pass
+    py_compile.compile(path, cfile=kept, doraise=True)
+    return kept
+
+
+def become_bytecode() -> None:
+    """Go on as the compiled form of this file, in the same process, if there can be one.
+
+    Python compiles a script anew at each start, and never gives the memory for it back:
+    25 MB for this file. An imported module is compiled once and kept in __pycache__. So
+    the script looks for its compiled form there, or puts it there, and lets Python run
+    that instead. Where nothing can be kept, or Python was told to keep nothing, it goes
+    on as it is.
+    """
+    if sys.dont_write_bytecode or os.name != "posix" or not hasattr(sys, "orig_argv"):
+        return
+    if __spec__ is not None or not __file__.endswith(".py"):
+        # It runs as a module, or it is the compiled form already.
+        return
+    try:
+        kept = kept_bytecode(os.path.abspath(__file__))
+        options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+        os.execv(sys.executable, [sys.executable, *options, kept, *sys.argv[1:]])
+    except OSError:
+        return
+
+
 def wants_openssl(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Whether this start may have to speak TLS: as a service, or to one."""
     if "TLS_CERT" in environment or "LOG_URL" in environment:
@@ -98,9 +146,11 @@ def leave_out_openssl() -> None:
     sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 
-# Only as a program, and before the imports that would load it.
-if __name__ == "__main__" and not wants_openssl(sys.argv[1:], os.environ):
-    leave_out_openssl()
+# Only as a program, and before the imports that would load OpenSSL.
+if __name__ == "__main__":
+    become_bytecode()
+    if not wants_openssl(sys.argv[1:], os.environ):
+        leave_out_openssl()
 
 import argparse
 import asyncio
@@ -183,6 +233,11 @@ MAX_NESTING = 100
 MAX_INT_DIGITS = 308
 # Microseconds of a retention or of a "since". A longer duration is a slip.
 MAX_DURATION_US = 1000 * 366 * 86_400_000_000
+# Values in one text; and more, if that many events may come at once, so many for each.
+# Each becomes an object of up to 100 bytes, while everybody waits: 4 MB of `[],` would
+# be 80 MB and a second. 10,000 events may have 200,000.
+MAX_VALUES = 100_000
+MAX_VALUES_PER_EVENT = 20
 # Faults that are looked for and listed in one answer. Whoever sent 10,000 wrong events
 # made one mistake, not 10,000, and an answer must not be larger than its request.
 MAX_FAULTS = 1000
@@ -259,7 +314,7 @@ class BatchTooLarge(ValueError):
 
     def __init__(self, count: int, most: int) -> None:
         super().__init__(
-            f"{count} events in one request, and the queue holds {most}:"
+            f"at least {count} events in one request, and the queue holds {most}:"
             f" send at most {most} at a time"
         )
 
@@ -486,22 +541,28 @@ def decode_text(body: bytes) -> str:
 _JSON_BLANKS = " \t\r\n"
 
 
-def json_values(text: str) -> List[Any]:
+def json_values(text: str, most: int = QUEUE_MAX_EVENTS) -> List[Any]:
     """All JSON values in `text`, with blanks, newlines or nothing between them.
 
-    Raises NotJSON, or InvalidEvents for nesting that the decoder gives up on.
+    Reading stops as soon as there are more than `most`: one more is returned, and what
+    follows is not looked at. Raises NotJSON, or InvalidEvents: for nesting that the
+    decoder gives up on, and for more values, those inside others too, than MAX_VALUES.
 
     So one function reads a single value, a list, and one value a line (JSON Lines).
     Numbers need a blank between them, because "12" is one number.
 
     >>> json_values('{"a":1}{"b":2}  [3]')
     [{'a': 1}, {'b': 2}, [3]]
+    >>> json_values("1 2 3 4", most=1)
+    [1, 2]
     """
     values: List[Any] = []
     text = text.strip(_JSON_BLANKS)
     at = 0
     end = len(text)
-    while at < end:
+    if end > MAX_VALUES:
+        _check_number_of_values(text, max(MAX_VALUES, most * MAX_VALUES_PER_EVENT))
+    while at < end and len(values) <= most:
         try:
             value, at = _DECODER.raw_decode(text, at)
         except RecursionError:
@@ -518,6 +579,41 @@ def json_values(text: str) -> List[Any]:
         while at < end and text[at] in _JSON_BLANKS:
             at += 1
     return values
+
+
+def _check_number_of_values(text: str, most: int) -> None:
+    """Refuse a text that is too much work to decode. Raises InvalidEvents."""
+    if _has_more_values(text, most):
+        message = (
+            f"holds more than {most} values, where those inside others count, and an empty"
+            " list or object counts twice: send fewer in one request"
+        )
+        raise InvalidEvents([Fault(0, "", message)])
+
+
+def _has_more_values(text: str, most: int) -> bool:
+    r"""Whether a JSON text has more values than `most`, without decoding it.
+
+    In each list and object, a comma stands between two values. So brackets and commas
+    are as many as values, and one more for each empty list or object. Most texts have
+    few of them, and are settled by counting. Else those inside strings must not count,
+    such as the commas of a table: strings stand at every second place between quotes.
+
+    >>> _has_more_values("[1,[2]]", 2), _has_more_values(r'["a,b\",c,d"]', 2)
+    (True, False)
+    """
+    if _count_of_marks(text) <= most:
+        return False
+    # Escapes are taken away first, because of the quotes among them. More than four
+    # quotes for each value cannot be, so the rest of such a text need not be cut.
+    bare = text.replace("\\\\", "").replace('\\"', "")
+    pieces = bare.split('"', 4 * most)
+    return len(pieces) > 4 * most or _count_of_marks("".join(pieces[::2])) > most
+
+
+def _count_of_marks(text: str) -> int:
+    """How many brackets that open, and commas, a text has."""
+    return text.count("{") + text.count("[") + text.count(",")
 
 
 def _count_candidates(values: Sequence[Any]) -> int:
@@ -549,7 +645,7 @@ def parse_events(body: bytes, most: int = QUEUE_MAX_EVENTS) -> List[Event]:
     >>> [event.event_id for event in parse_events(body)]
     ['1']
     """
-    values = json_values(decode_text(body))
+    values = json_values(decode_text(body), most)
     if not values:
         raise NotJSON("the body is empty: send an event, a list of events, or one event a line")
     candidates: List[Any] = []
@@ -1595,9 +1691,8 @@ CLOCK_JUMP_US = 2_000_000
 # Retention waits for so long after a start, and after a jump, before it believes the
 # wall clock: NTP sets a clock within minutes of the network.
 CLOCK_SETTLES_US = 600_000_000
-# How often events "of the future" are looked at again: they arrived while the clock was
-# ahead, and have an arrival that is later than now.
-FUTURE_AGAIN_US = 3_600_000_000
+# Events that one step of retention looks at besides the oldest; some milliseconds.
+PATROL_ROWS = 5000
 
 
 class StoreError(Exception):
@@ -1785,6 +1880,13 @@ class AgeLimit:
         if self._now is None or self._now.monotonic_us < self._believed_from_us:
             return None
         return ForgetBefore(self._now.wall_us - self._period_us, self._old_through)
+
+
+class _Expired(NamedTuple):
+    """Events past their time, and the seq up to which was looked; 0 at the end."""
+
+    seqs: List[int]
+    end: int
 
 
 class _ArrivalMark(NamedTuple):
@@ -2258,8 +2360,8 @@ class Store:
         """Read back from the file what the writer keeps in variables.
 
         It is right after a start and after a rollback alike, because every one of them
-        follows from the tables. Only what was known of "the future" is forgotten, which
-        costs a look at these events.
+        follows from the tables. Only how far the patrol had come is forgotten, so it begins
+        anew.
         """
         self.last_seq = query_value(
             self.db,
@@ -2284,10 +2386,8 @@ class Store:
                 {"most": self._settings.max_per_topic},
             )
             self._perhaps_crowded = dict.fromkeys(json.loads(names))
-        # Events up to this seq arrived "in the future", by a clock that was ahead, and
-        # since when nobody has looked at them again. See `_expired_seqs`.
-        self._future_through = 0
-        self._future_since_us = self._monotonic_us()
+        # The seq up to which the patrol of retention has come. See `_patrol`.
+        self._patrolled = 0
         self._stale = False
 
     @contextlib.contextmanager
@@ -2304,6 +2404,8 @@ class Store:
             # Only a COMMIT that succeeded takes this back.
             self._stale = True
             yield
+            # Whatever is written, it must go to the files that we own.
+            self._check_files()
         self._stale = False
 
     def _refresh(self) -> None:
@@ -2458,7 +2560,6 @@ class Store:
         self.index.merge_due_slices(arrived, self.last_seq, self._forget_before())
         self._feed_reading_orders(at_least=self._settings.list_rows)
         self._apply_retention(now, at_most=2 * arrived)
-        self._check_files()
 
     def _append(self, *decisions: Decision) -> None:
         """Write the new records to the end of the log, each with its seq.
@@ -2642,33 +2743,28 @@ class Store:
         It looks first, by reading, and begins to write only if something has to go: a
         service without work writes nothing. Raises StoreFailed.
 
-        "May be to do" means: this step removed something, moved on past events of the
-        future, or found a topic to be within its limit. The caller asks again until
-        nothing of that happens.
+        "May be to do" means: this step removed something, or found a topic to be within
+        its limit. The caller asks again until neither happens.
         """
         now = Moment(now_us, self._monotonic_us())
         self._look_at_clocks(now)
         rows = self._settings.trim_rows
         with snapshot(self.db):
             self._refresh()
-            future_through = self._future_through
-            expired = self._expired_seqs(now, rows)
-        passed_over = self._future_through > future_through
+            expired = self._expired_seqs(0, rows, rows).seqs or self._patrol(rows)
         if not expired and not self._perhaps_crowded:
-            return passed_over
+            return False
         crowded = len(self._perhaps_crowded)
         with self._transaction():
-            removed = self._apply_retention(now, at_most=rows)
-        return bool(removed or passed_over or len(self._perhaps_crowded) < crowded)
+            removed = self._remove(expired)
+            removed += self._remove(self._surplus_seqs(rows - removed))
+        return bool(removed or len(self._perhaps_crowded) < crowded)
 
     def _look_at_clocks(self, now: Moment) -> None:
-        """Tell the age limits what time it is, and forget what is an hour old."""
+        """Tell the age limits what time it is."""
         for limit in (self._retention, self._dedup_retention):
             if limit is not None:
                 limit.tick(now)
-        if now.monotonic_us - self._future_since_us > FUTURE_AGAIN_US:
-            self._future_through = 0
-            self._future_since_us = now.monotonic_us
 
     def _note_arrivals(self, now: Moment) -> None:
         """Tell the age limits that all up to `last_seq` is committed."""
@@ -2692,51 +2788,66 @@ class Store:
         """
         if not at_most:
             return 0
-        removed = self._remove(self._expired_seqs(now, at_most))
+        removed = self._remove(self._expired_seqs(0, at_most, at_most).seqs)
         removed += self._remove(self._surplus_seqs(at_most - removed))
         return removed
 
-    def _expired_seqs(self, now: Moment, at_most: int) -> List[int]:
-        """The oldest events that are past --retention, each judged by its own arrival.
+    def _expired_seqs(self, after_seq: int, look_at: int, at_most: int) -> "_Expired":
+        """Events that are past --retention, each judged by its own arrival.
 
         Each by its own, because one arrival by a wrong clock must not take other events
-        along. The scan is bounded: it looks at `at_most` events, from the oldest seq
-        on. If the log begins with events of the future, by a clock that was ahead, they
-        are passed over, and not looked at again for an hour. Otherwise each commit
-        would look at all of them in vain. Only at the beginning: once an event has an
-        arrival in the past, everything after it is looked at again next time.
+        along. The scan is bounded: it looks at `look_at` events from `after_seq` on,
+        and names `at_most` of them.
         """
         reached = self._retention.reached() if self._retention is not None else None
         if reached is None:
-            return []
-        oldest = query_value(
+            return _Expired([], 0)
+        values = {**reached._asdict(), "after_seq": after_seq, "look_at": look_at}
+        end = query_value(
             self.db,
             """
-            SELECT json_group_array(json_array(seq, processed_at))
+            SELECT ifnull(max(seq), 0)
             FROM (
-                SELECT seq, processed_at
+                SELECT seq
                 FROM processed_events
                 WHERE seq > :after_seq AND seq <= :through_seq
+                ORDER BY seq
+                LIMIT :look_at
+            )
+            """,
+            values,
+        )
+        found = query_value(
+            self.db,
+            """
+            SELECT json_group_array(seq)
+            FROM (
+                SELECT seq
+                FROM processed_events
+                WHERE seq > :after_seq AND seq <= :end AND processed_at < :before_us
                 ORDER BY seq
                 LIMIT :at_most
             )
             """,
-            {
-                "after_seq": self._future_through,
-                "through_seq": reached.through_seq,
-                "at_most": at_most,
-            },
+            {**values, "end": end, "at_most": at_most},
         )
-        expired: List[int] = []
-        # Whether all events so far, from the beginning of the scan, are of the future.
-        only_future = True
-        for seq, arrived_us in json.loads(oldest):
-            if arrived_us < reached.before_us:
-                expired.append(seq)
-            only_future = only_future and arrived_us > now.wall_us
-            if only_future:
-                self._future_through = seq
-        return expired
+        seqs = json.loads(found)
+        if len(seqs) == at_most:
+            end = seqs[-1]
+        return _Expired(seqs, end)
+
+    def _patrol(self, at_most: int) -> List[int]:
+        """Look for expired events where nobody looks: after others that stay.
+
+        With a right clock the oldest events expire first, and the scan from the
+        beginning finds them. Events that arrived by a clock that was ahead stay longer,
+        and would hide all that came after them. So each step also looks at the next
+        stretch of the log, from one end to the other and over again.
+        """
+        expired = self._expired_seqs(self._patrolled, PATROL_ROWS, at_most)
+        # At the end of the log it is 0: the patrol begins anew.
+        self._patrolled = expired.end
+        return expired.seqs
 
     def _surplus_seqs(self, at_most: int) -> List[int]:
         """The oldest events of topics that hold more than they may.
@@ -3077,7 +3188,7 @@ PROBES = (
     "INSERT INTO listing VALUES('', 0, 0)",
     "DELETE FROM listing WHERE topic = ''",
     "INSERT INTO by_time VALUES(0, 0)",
-    "DELETE FROM by_time WHERE seq = 0",
+    "DELETE FROM by_time WHERE timestamp = 0 AND seq = 0",
     "INSERT INTO progress VALUES('', 0)",
     "DELETE FROM progress WHERE part = ''",
     "INSERT INTO stats VALUES('', '', 0, 0, 0, 0)",
@@ -3445,7 +3556,7 @@ def _check_open_store(db: sqlite3.Connection) -> Iterator[Tuple[bool, str]]:
     """
     db.execute("PRAGMA query_only=1")
     # Read the file as memory, up to 1 GB of it: that saves a copy of each page.
-    db.execute("PRAGMA mmap_size=1073741824")
+    db.execute("PRAGMA mmap_size=134217728")
     db.create_function("identity", 2, identity)
     db.create_function("fingerprint", 2, fingerprint)
     db.create_aggregate("count_repeats", 1, _RepeatCounter)
@@ -3599,6 +3710,9 @@ COUNTED_RANGES_MAX = 100_000
 SIZES_AT_ONCE = 32
 # Topics, and sources, listed by name in the books. There may be a million of them.
 STATS_MAX_NAMES = 1000
+# Characters of a payload up to which a text is searched among its values. In a longer
+# one it is searched in the JSON text.
+LONG_SEARCHED_PAYLOAD = 256 * 1024
 # From the year 1 to 1970, in microseconds. It is added before SQL divides, because
 # SQL's / and % round towards zero, and there are instants before 1970: -1 % 1000000 is
 # -1 in SQL, and the fraction of the last microsecond of 1969 is .999999.
@@ -4201,6 +4315,9 @@ def holds_text(payload: str, text: str) -> bool:
     >>> holds_text('{"path":"a\\\\nb"}', "nb")
     False
     """
+    if len(payload) > LONG_SEARCHED_PAYLOAD:
+        # To decode it would hold up the event loop. The first test has to do.
+        return True
     # Numbers stay as they are spelled.
     values = [json.loads(payload, parse_int=str, parse_float=str)]
     while values:
@@ -5388,8 +5505,9 @@ def _log_group(records: Sequence[Record], decision: Decision) -> None:
 # §6  HTTP/1.1: bytes in, `Request` out; `Response` in, bytes out. No I/O
 #
 # The parser is fed what the network brings, in pieces of any size. Asked for a request,
-# it gives one of three answers: a whole `Request`, None ("more bytes are needed"), or
-# HTTPError. It never waits, reads or writes; that is the server's work.
+# it gives one of three answers: a whole `Request`, None ("more bytes are needed", or, if
+# `is_busy`, "ask again"), or HTTPError. It never waits, reads or writes; that is the
+# server's work.
 #
 # Inside, the parser is a generator, because a generator can stop in the middle of a
 # chunk and go on there. It reads like code that blocks: at each `yield None` it waits
@@ -5408,6 +5526,8 @@ def _log_group(records: Sequence[Record], decision: Decision) -> None:
 #   * A request comes out the same however its bytes were cut into pieces.
 #   * Each byte fed is searched once, so the work grows in proportion to the bytes.
 #   * The memory in use is bounded by the limits below.
+#   * A large or compressed body is taken only after `admit` has seen the head.
+#   * No call of `next_request` works for long: what takes longer is done in slices.
 #
 # Simpler than a production system: no upgrade to other protocols (WebSocket, HTTP/2), a
 # body is handed over whole instead of in pieces, trailer fields are checked and
@@ -5425,6 +5545,16 @@ MAX_FIELDS = 100
 MAX_CHUNK_LINE_BYTES = 1024
 # The trailer fields of one body together, without their line ends.
 MAX_TRAILER_BYTES = 8 * 1024
+# A body that the route does not take is read and dropped, because the next request
+# stands behind it. It may be as long as one read of the server, and no longer.
+MAX_UNWANTED_BODY_BYTES = 64 * 1024
+# A chunk costs as much work as 500 bytes of a body. So many are free; all others have
+# to carry so many bytes on the average. A line of a log, sent by itself, has more.
+FREE_CHUNKS = 10_000
+MIN_CHUNK_BYTES = 16
+# Compressed bytes that are inflated at a time, before others have a turn. Made to be
+# slow, they take 7 ms: 64 KB can hold 50,000 empty blocks.
+INFLATE_SLICE_BYTES = 64 * 1024
 # Of one gzip body: `cat a.gz b.gz` makes two. Each costs a copy of all bytes behind it.
 MAX_GZIP_MEMBERS = 100
 # Heads remembered, of requests and of answers: so many of each.
@@ -5868,10 +5998,20 @@ _BARE_LINE_END = re.compile(rb"(?:^|[^\r])\n|\r[^\n]")
 _CHUNK_SIZE_LINE = re.compile(rb"(?P<size>[0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 
 
+def _admit_everyone(head: Head) -> bool:
+    return True
+
+
 class RequestParser:
     """`feed` it bytes, then ask for `next_request` until that is None.
 
     `max_body_bytes` bounds a body as it is sent, and again when it is inflated.
+
+    `admit` is asked before a body is taken that would cost memory or time. It says
+    whether anybody wants it, or raises HTTPError, and then nothing of it is read.
+
+    `is_busy` is true after a None that means: not done yet, ask again without more
+    bytes. Let others have a turn before.
 
     `phase` says what is awaited: "idle" (a request), "head" (the rest of a head) or
     "body". `head` is that of the request whose body is awaited, else None.
@@ -5888,11 +6028,17 @@ class RequestParser:
     {'limit': '2'}
     """
 
-    def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        admit: Callable[[Head], bool] = _admit_everyone,
+    ) -> None:
         self.phase = "idle"
         self.wants_continue = False
+        self.is_busy = False
         self.head: Optional[Head] = None
         self._max_body_bytes = max_body_bytes
+        self._admit = admit
         self._buffer = bytearray()
         # Before this place in the buffer, the end of the awaited part cannot begin.
         self._search_from = 0
@@ -5930,7 +6076,6 @@ class RequestParser:
     def _parse_requests(self) -> Generator[Optional[Request], None, None]:
         # Each `yield None` lets `next_request` return None. Its next call goes on
         # behind it, where more bytes may be in the buffer.
-        buffer = self._buffer
         while True:
             while not self._first_byte_is_there():
                 yield None
@@ -5944,25 +6089,49 @@ class RequestParser:
             else:
                 head = _parse_kept_head(text)
             self.head = head
-            if head.length is not None and head.length > self._max_body_bytes:
-                raise _body_too_large(self._max_body_bytes)
-
-            self.phase = "body"
-            self.wants_continue = head.expects_continue
-            if head.length is None:
-                body = yield from self._read_chunked_body()
-            else:
-                while len(buffer) < head.length:
-                    yield None
-                body = bytes(buffer[: head.length])
-                del buffer[: head.length]
-            self.wants_continue = False
-            if head.content_coding:
-                body = inflate(body, head.content_coding, self._max_body_bytes)
+            # The body gets no name here: a generator keeps its variables while it
+            # waits, and the next request may be long in coming.
+            request = [Request(head, (yield from self._read_body(head)))]
             self.phase = "idle"
             self.head = None
             self._empty_line_skipped = False
-            yield Request(head, body)
+            yield request.pop()
+
+    def _read_body(self, head: Head) -> Generator[None, None, bytes]:
+        """The body, without its codings."""
+        buffer = self._buffer
+        max_bytes = self._max_bytes_of(head)
+        if head.length is not None and head.length > max_bytes:
+            raise _body_too_large(max_bytes)
+        self.phase = "body"
+        self.wants_continue = head.expects_continue
+        if head.length is None:
+            body = yield from self._read_chunked_body(max_bytes)
+        else:
+            while len(buffer) < head.length:
+                yield None
+            body = bytes(buffer[: head.length])
+            del buffer[: head.length]
+        self.wants_continue = False
+        if head.content_coding:
+            self.is_busy = True
+            body = yield from inflate(body, head.content_coding, max_bytes)
+            self.is_busy = False
+        return body
+
+    def _max_bytes_of(self, head: Head) -> int:
+        """How long the body may be. Raises HTTPError if it is not to be taken at all.
+
+        A short body that is sent as it is costs nothing, so nobody is asked about it. A
+        client that is refused behind it keeps its connection.
+        """
+        length = head.length
+        is_plain = not head.content_coding and not head.expects_continue
+        if length == 0 or (is_plain and length is not None and length <= MAX_UNWANTED_BODY_BYTES):
+            return self._max_body_bytes
+        if self._admit(head):
+            return self._max_body_bytes
+        return min(self._max_body_bytes, MAX_UNWANTED_BODY_BYTES)
 
     def _first_byte_is_there(self) -> bool:
         """Whether a request has begun.
@@ -5991,10 +6160,11 @@ class RequestParser:
                     raise _other_protocol(beginning)
         return self._take(_HEAD)
 
-    def _read_chunked_body(self) -> Generator[None, None, bytes]:
+    def _read_chunked_body(self, max_bytes: int) -> Generator[None, None, bytes]:
         """RFC 9112 §7.1: chunks, one of size 0, trailer fields, an empty line."""
         buffer = self._buffer
         body = bytearray()
+        chunks = 0
         while True:
             line = self._take(_CHUNK_SIZE)
             while line is None:
@@ -6003,8 +6173,15 @@ class RequestParser:
             size = _parse_chunk_size(line)
             if size == 0:
                 break
-            if len(body) + size > self._max_body_bytes:
-                raise _body_too_large(self._max_body_bytes)
+            if len(body) + size > max_bytes:
+                raise _body_too_large(max_bytes)
+            chunks += 1
+            if chunks > FREE_CHUNKS + len(body) // MIN_CHUNK_BYTES:
+                raise HTTPError(
+                    "bad-request",
+                    f"the chunks of the body are too small: send {MIN_CHUNK_BYTES} bytes or more"
+                    " in each",
+                )
             while not self._chunk_is_whole(size):
                 yield None
             body += buffer[:size]
@@ -6096,7 +6273,11 @@ class _Inflated(NamedTuple):
     rest: bytes
 
 
-def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
+# Each of the functions below is a generator, which yields None after each slice.
+_Inflating = Generator[None, None, bytes]
+
+
+def inflate(body: bytes, coding: str, max_bytes: int) -> _Inflating:
     """A body without its content coding: "gzip" or "deflate" (RFC 9110 §8.4.1).
 
     At most `max_bytes` come out: without a bound, 4 MB could become 4 GB. An empty body
@@ -6104,16 +6285,16 @@ def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
     another format.
     """
     if coding == "gzip":
-        return _inflate_gzip(body, max_bytes)
+        return (yield from _inflate_gzip(body, max_bytes))
     if not body:
         return b""
-    inflated = _inflate_once(body, coding, _deflate_wbits(body), max_bytes, 0)
+    inflated = yield from _inflate_once(body, coding, _deflate_wbits(body), max_bytes, 0)
     if inflated.rest:
         raise HTTPError("bad-request", "the deflate body goes on behind its end")
     return inflated.plain
 
 
-def _inflate_gzip(body: bytes, max_bytes: int) -> bytes:
+def _inflate_gzip(body: bytes, max_bytes: int) -> _Inflating:
     """RFC 1952 §2.2: a gzip file is a series of members, one after the other."""
     parts: List[bytes] = []
     size = 0
@@ -6122,7 +6303,7 @@ def _inflate_gzip(body: bytes, max_bytes: int) -> bytes:
             raise HTTPError(
                 "bad-request", f"the gzip body has more than {MAX_GZIP_MEMBERS} members"
             )
-        inflated = _inflate_once(body, "gzip", _WBITS_GZIP, max_bytes, size)
+        inflated = yield from _inflate_once(body, "gzip", _WBITS_GZIP, max_bytes, size)
         parts.append(inflated.plain)
         size += len(inflated.plain)
         body = inflated.rest
@@ -6143,21 +6324,32 @@ def _deflate_wbits(body: bytes) -> int:
     return _WBITS_RAW
 
 
-def _inflate_once(body: bytes, coding: str, wbits: int, max_bytes: int, size: int) -> _Inflated:
+def _inflate_once(
+    body: bytes, coding: str, wbits: int, max_bytes: int, size: int
+) -> Generator[None, None, _Inflated]:
     """Inflate one stream; the streams before it gave `size` bytes of the body."""
     stream = zlib.decompressobj(wbits)
-    try:
-        # A byte more than may come out: if it comes, the body is too large.
-        plain = stream.decompress(body, max_bytes - size + 1)
-    except zlib.error:
-        raise HTTPError(
-            "bad-request", f"the body is not {coding}, though its Content-Encoding says so"
-        ) from None
-    if size + len(plain) > max_bytes:
-        raise _body_too_large(max_bytes, " when inflated")
-    if not stream.eof:
-        raise HTTPError("bad-request", f"the {coding} body is cut off")
-    return _Inflated(plain, stream.unused_data)
+    parts: List[bytes] = []
+    end = 0
+    while not stream.eof:
+        if end >= len(body):
+            raise HTTPError("bad-request", f"the {coding} body is cut off")
+        if end:
+            yield None
+        start = end
+        end += INFLATE_SLICE_BYTES
+        try:
+            # A byte more than may come out: if it comes, the body is too large.
+            plain = stream.decompress(body[start:end], max_bytes - size + 1)
+        except zlib.error:
+            raise HTTPError(
+                "bad-request", f"the body is not {coding}, though its Content-Encoding says so"
+            ) from None
+        parts.append(plain)
+        size += len(plain)
+        if size > max_bytes:
+            raise _body_too_large(max_bytes, " when inflated")
+    return _Inflated(b"".join(parts), stream.unused_data + body[end:])
 
 
 # ---- The response -----------------------------------------------------------
@@ -6375,6 +6567,8 @@ class LiveTail:
                 if tail.seqs or silent_s >= self._limits.keep_alive_s:
                     yield tail
                     spoken_s = self._loop.time()
+                    # Only the cursor is needed while we wait, and that may take days.
+                    tail = tail._replace(seqs=tail.seqs[:0], lines="")
                 if self._ended:
                     return
                 # A follower that is late reads page after page without waiting.
@@ -7173,10 +7367,17 @@ class API:
             response = await self._handle(request, peer)
         except Exception as error:
             method = request.head.method
-            who = f"{peer}, {method} {_shown_path(request)}"
+            who = f"{peer}, {method} {_shown_path(request.head)}"
             refusal = refusal_of(error)
             refusal.name_request(request.head.path, request.head.headers)
-            return self.refuse(refusal, who, warn=method not in SAFE_METHODS)
+            response = self.refuse(refusal, who, warn=method not in SAFE_METHODS)
+            # This frame keeps `refusal`, and the traceback keeps this frame and all
+            # below it: the request would stay in memory until Python looks for cycles.
+            for each in (error, refusal):
+                each.__traceback__ = None
+                each.__context__ = None
+                each.__cause__ = None
+            return response
         if "origin" in request.head.headers:
             return self._shared(response, request.head.headers["origin"])
         return response
@@ -7213,28 +7414,46 @@ class API:
     async def _handle(self, request: Request, peer: str) -> Response:
         """The answer of the right handler. Raises whatever it raises.
 
-        Access is checked before a handler is chosen. HEAD is handled as GET; its body
-        is left out when the response is written.
+        HEAD is handled as GET; its body is left out when the response is written.
         """
         head = request.head
         routes = self._table.at(head.path)
-        self.access.check(head, routes)
-        if head.method == "OPTIONS":
-            return self._options(head, routes)
-        if not routes:
-            raise HTTPError(
-                "not-found", f"there is no {_shown_path(request)}; GET / lists what there is"
-            )
-        found = routes.get("GET" if head.method == "HEAD" else head.method)
+        found = self._choose(head, routes)
         if found is None:
-            allow = allow_value(routes)
-            raise HTTPError("method-not-allowed", f"use {allow}", (("Allow", allow),))
+            return self._options(head, routes)
         if found.query and head.query:
             _refuse_unknown_parameters(found, head.query)
         response = await found.handler(self, request, peer)
         if found.is_negotiated:
             response = _with_headers(response, VARY_ACCEPT)
         return response
+
+    def admit(self, head: Head) -> bool:
+        """Whether the body of this request is wanted. Raises HTTPError.
+
+        The server asks before it takes a large body: a stranger must not have one kept
+        or inflated. `answer` checks the same again, with all the rest.
+        """
+        found = self._choose(head, self._table.at(head.path))
+        return found is not None and bool(found.bodies)
+
+    def _choose(self, head: Head, routes: Dict[str, Route]) -> Optional[Route]:
+        """The route of `routes` that answers; None for OPTIONS. Raises HTTPError.
+
+        Access is checked first: a stranger learns nothing about routes.
+        """
+        self.access.check(head, routes)
+        if head.method == "OPTIONS":
+            return None
+        if not routes:
+            raise HTTPError(
+                "not-found", f"there is no {_shown_path(head)}; GET / lists what there is"
+            )
+        found = routes.get("GET" if head.method == "HEAD" else head.method)
+        if found is None:
+            allow = allow_value(routes)
+            raise HTTPError("method-not-allowed", f"use {allow}", (("Allow", allow),))
+        return found
 
     def _options(self, head: Head, routes: Dict[str, Route]) -> Response:
         """What may be done here (RFC 9110 §9.3.7); browsers ask before they send."""
@@ -7280,9 +7499,9 @@ def _with_headers(response: Response, headers: FieldLines) -> Response:
     return response._replace(headers=response.headers + headers)
 
 
-def _shown_path(request: Request) -> str:
+def _shown_path(head: Head) -> str:
     """The decoded path of a request, as it may stand in a message or the log."""
-    return shown("/" + "/".join(request.head.path))
+    return shown("/" + "/".join(head.path))
 
 
 def _refuse_unknown_parameters(found: Route, query: Dict[str, str]) -> None:
@@ -7833,10 +8052,25 @@ def read_published(api: API, request: Request) -> List[Event]:
     def new_id(line_number: int) -> str:
         # With a key, the same text sent again gets the same ids, and is a duplicate.
         # Without one, every line is new.
-        return api.random_id() if key is None else f"{key}:{line_number}"
+        return api.random_id() if key is None else f"{header_text(key)}:{line_number}"
 
     text = body_text(request)
     return events_from_lines(text, query["topic"], query["source"], api.clock(), new_id, most)
+
+
+def header_text(value: str) -> str:
+    """The text of a header field: UTF-8 where it is that, else ISO 8859-1.
+
+    §6 reads each byte of a field as a character (RFC 9110 §5.5), and loses none. An id
+    is written in UTF-8 by most publishers, and it is the same id in a body.
+
+    >>> header_text("cafÃ©"), header_text("café")
+    ('café', 'café')
+    """
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 def listed_verdicts(receipt: Receipt) -> List[Dict[str, Any]]:
@@ -7922,6 +8156,27 @@ async def put_event(api: API, request: Request, peer: str) -> Response:
     201 and 200 tell new from known, as PUT does everywhere (RFC 9110 §9.3.4). Other
     content is refused: this route has one event, so its publisher can be told.
     """
+    events = read_put_event(api, request, peer)
+    receipt = await api.pipeline.publish(events, len(request.body))
+    assert receipt is not None, "it waits, so there is a receipt"
+
+    (item,) = listed_verdicts(receipt)
+    if item["verdict"] == "conflict":
+        topic, event_id = read_identity(request)
+        raise HTTPError(
+            "conflict",
+            f"event_id {shown(event_id)} of topic {shown(topic)} is stored as seq {item['seq']}"
+            " with another source or payload, which stays: choose another event_id",
+        )
+    return json_response(201 if item["verdict"] == "new" else 200, item)
+
+
+def read_put_event(api: API, request: Request, peer: str) -> List[Event]:
+    """The one event of a PUT. Raises InvalidEvents.
+
+    A function of its own, so that the decoded body is gone before the event is stored:
+    it can take 20 times the memory of its text.
+    """
     query = request.head.query
     topic, event_id = read_identity(request)
     if "timestamp" in query:
@@ -7935,17 +8190,7 @@ async def put_event(api: API, request: Request, peer: str) -> Response:
         "source": query.get("source", peer),
         "payload": read_payload(request),
     }
-    receipt = await api.pipeline.publish(read_events([event]), len(request.body))
-    assert receipt is not None, "it waits, so there is a receipt"
-
-    (item,) = listed_verdicts(receipt)
-    if item["verdict"] == "conflict":
-        raise HTTPError(
-            "conflict",
-            f"event_id {shown(event_id)} of topic {shown(topic)} is stored as seq {item['seq']}"
-            " with another source or payload, which stays: choose another event_id",
-        )
-    return json_response(201 if item["verdict"] == "new" else 200, item)
+    return read_events([event])
 
 
 # Text that only looks like JSON is no fault: a line of a log that begins with "{" is
@@ -7955,7 +8200,7 @@ async def put_event(api: API, request: Request, peer: str) -> Response:
 def read_payload(request: Request) -> Dict[str, Any]:
     """A body as a payload: an object as it is, any other text as a message."""
     try:
-        values = json_values(decode_text(request.body))
+        values = json_values(decode_text(request.body), most=1)
     except NotJSON:
         values = []
     if len(values) == 1 and isinstance(values[0], dict):
@@ -8101,6 +8346,8 @@ async def json_lines(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes, None]:
     """A live tail as lines; an empty line is a sign of life."""
     async for tail in tails:
         yield tail.lines.encode("utf-8") + b"\n"
+        # The next may be long in coming.
+        del tail
 
 
 async def server_sent_events(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes, None]:
@@ -8111,13 +8358,18 @@ async def server_sent_events(tails: AsyncIterator[Tail]) -> AsyncGenerator[bytes
     """
     yield b"retry: %d\n\n" % FOLLOW_RETRY_MS
     async for tail in tails:
-        if tail.seqs:
-            blocks = []
-            for seq, line in zip(tail.seqs, tail.lines.split("\n")):
-                blocks.append(f"id: {seq}\ndata: {line}\n\n")
-            yield "".join(blocks).encode("utf-8")
-        else:
-            yield b": keep-alive\nid: %d\n\n" % tail.through
+        yield _event_blocks(tail)
+        # The next may be long in coming.
+        del tail
+
+
+def _event_blocks(tail: Tail) -> bytes:
+    if not tail.seqs:
+        return b": keep-alive\nid: %d\n\n" % tail.through
+    blocks = []
+    for seq, line in zip(tail.seqs, tail.lines.split("\n")):
+        blocks.append(f"id: {seq}\ndata: {line}\n\n")
+    return "".join(blocks).encode("utf-8")
 
 
 @route(
@@ -8307,9 +8559,14 @@ async def get_health(api: API, request: Request, peer: str) -> Response:
 # The fields are those of an IETF draft, of Standard Webhooks, GitHub and CloudEvents.
 ID_HEADERS = ("Idempotency-Key", "webhook-id", "X-GitHub-Delivery", "ce-id")
 TIME_HEADER = "webhook-timestamp"
+# The one place of an id that a signature of Standard Webhooks covers.
+SIGNED_ID_PLACE = "header:webhook-id"
 # The header fields that carry a signature, by the scheme.
 STANDARD_SIGNATURE = "webhook-signature"
 HUB_SIGNATURE = "x-hub-signature-256"
+# Bytes of a key that is written in base64. Standard Webhooks asks for 24 to 64.
+MIN_SIGNING_KEY = 16
+_BASE64 = re.compile("[A-Za-z0-9+/]+={0,2}")
 # Senders whose wrong signature is remembered, so that it is logged once.
 MAX_WRONG_SIGNERS = 1000
 
@@ -8357,7 +8614,7 @@ def read_delivery(request: Request) -> Delivery:
     its form would only be sent again, for days.
     """
     try:
-        values = json_values(decode_text(request.body))
+        values = json_values(decode_text(request.body), most=1)
     except (NotJSON, InvalidEvents):
         values = []
     # Several values, one after the other, are no JSON text (RFC 8259 §2).
@@ -8440,7 +8697,7 @@ def find_text(delivery: Delivery, parameter: str, place: str) -> str:
     """
     kind, _, name = place.partition(":")
     if kind == "header" and name:
-        value = delivery.request.head.headers.get(name.lower(), "")
+        value = header_text(delivery.request.head.headers.get(name.lower(), ""))
     elif kind == "body":
         value = _text_in_body(delivery, parameter, name)
     else:
@@ -8451,15 +8708,22 @@ def find_text(delivery: Delivery, parameter: str, place: str) -> str:
     if not value:
         raise HTTPError(
             "bad-parameter",
-            f"there is nothing at {shown(place)}, where ?{parameter}= says that the {parameter} is",
+            f"no text and no number stands at {shown(place)}, where ?{parameter}= says that the"
+            f" {parameter} is",
         )
     return value
+
+
+# Reads each number as the text that it was written with.
+_NUMBERS_AS_TEXT = json.JSONDecoder(parse_int=str, parse_float=str)
+_INFINITY = float("inf")
 
 
 def _text_in_body(delivery: Delivery, parameter: str, pointer: str) -> str:
     """A text or a number in the body, as text; "" if there is none.
 
-    A number becomes the text that JSON writes for it: 7 is "7", and 7.0 is "7.0".
+    NaN and what is too large for a number are none. As an id, a number keeps all its
+    digits: two long numbers may be one and the same double.
     """
     try:
         found = resolve_pointer(delivery.value, pointer)
@@ -8470,18 +8734,37 @@ def _text_in_body(delivery: Delivery, parameter: str, pointer: str) -> str:
     if isinstance(found, str):
         return found
     # `True` is an int to isinstance, and no id.
-    if type(found) in (int, float):
+    if type(found) not in (int, float) or not -_INFINITY < found < _INFINITY:
+        return ""
+    if parameter != "id":
         return json.dumps(found)
-    return ""
+    try:
+        as_written = _NUMBERS_AS_TEXT.decode(decode_text(delivery.request.body))
+    except RecursionError:
+        # So deep that the first decoder just did not give up.
+        return ""
+    return str(resolve_pointer(as_written, pointer))
 
 
-def delivery_id(delivery: Delivery, random_id: Callable[[], str]) -> str:
+def delivery_id(delivery: Delivery, is_id_signed: bool, random_id: Callable[[], str]) -> str:
     """The event id of a delivery. Raises HTTPError if nothing says it.
+
+    A signature of Standard Webhooks covers `webhook-id`, and no other place of an id.
+    So with `is_id_signed` that is the id: anything else could be changed by whoever
+    sends a copy of the delivery, and the copy would be a new event.
 
     Nothing is invented: an id made here would be another one for each repeat, and no
     repeat would be recognised. Who wants that says so with `?id=random`.
     """
     place = delivery.request.head.query.get("id")
+    if is_id_signed:
+        if place not in (None, SIGNED_ID_PLACE):
+            raise HTTPError(
+                "bad-parameter",
+                "the webhook-signature covers webhook-id and no other place of an id: leave out"
+                f" ?id=, or send ?id={SIGNED_ID_PLACE}",
+            )
+        return header_text(delivery.request.head.headers["webhook-id"])
     if place == "random":
         return random_id()
     if place == "content":
@@ -8491,7 +8774,7 @@ def delivery_id(delivery: Delivery, random_id: Callable[[], str]) -> str:
     for name in ID_HEADERS:
         value = delivery.request.head.headers.get(name.lower())
         if value:
-            return value
+            return header_text(value)
     raise HTTPError("bad-parameter", f"this delivery has no id: {_SOURCES_OF_ID}")
 
 
@@ -8554,6 +8837,12 @@ def verify_signature(request: Request, access: Access, now_us: int) -> None:
     secret can make it, and it fits no other content. So a right signature says who sent
     this and that nobody has changed it. The time, in the first scheme, says that it is
     no old copy.
+
+    A signature says nothing of what it does not cover. Neither covers the path and the
+    query: give each topic a secret of its own. `?source=` and `?time=` may be changed
+    in a copy; they make no new event of a known id. The second scheme does not cover
+    the id either: a copy of a delivery with another X-GitHub-Delivery is a new event,
+    and nobody can tell.
     """
     secrets = access.secrets_for(request.head)
     headers = request.head.headers
@@ -8631,10 +8920,13 @@ def standard_keys(secret: str) -> List[bytes]:
     """The keys that a secret may stand for in Standard Webhooks.
 
     It is base64, mostly after "whsec_". Some senders sign with the text itself, so
-    without "whsec_" both are tried.
+    without "whsec_" both are tried. Only exact base64 of MIN_SIGNING_KEY bytes counts:
+    a word of four letters would be a key of three bytes, which can be guessed.
 
-    >>> standard_keys("whsec_c2VjcmV0")
-    [b'secret']
+    >>> standard_keys("whsec_c2VjcmV0IG9mIHRoZSBzaG9w")
+    [b'secret of the shop']
+    >>> standard_keys("open")
+    [b'open']
     """
     keys = []
     encoded = secret
@@ -8642,9 +8934,11 @@ def standard_keys(secret: str) -> List[bytes]:
         encoded = secret[len("whsec_") :]
     else:
         keys.append(secret.encode("utf-8"))
-    with contextlib.suppress(ValueError):
-        keys.append(a2b_base64(encoded + "=" * (-len(encoded) % 4)))
-    return [key for key in keys if key]
+    if len(encoded) % 4 == 0 and _BASE64.fullmatch(encoded):
+        key = a2b_base64(encoded)
+        if len(key) >= MIN_SIGNING_KEY:
+            keys.append(key)
+    return keys
 
 
 def _hmac_sha256(key: bytes, content: bytes) -> bytes:
@@ -8666,15 +8960,17 @@ def _is_one_of(expected: str, given: Sequence[str]) -> bool:
     return found
 
 
-def admit_delivery(api: API, request: Request, topic: str, peer: str) -> None:
+def admit_delivery(api: API, request: Request, topic: str, peer: str) -> bool:
     """Let a delivery pass if it must be signed and is. Raises HTTPError.
+
+    Returns whether a signature that counted covers `webhook-id`.
 
     A sender that signs wrongly does it again and again: the log says it once, until it
     has signed rightly. Senders are told apart by topic and address. When too many are
     remembered, all are forgotten, and some lines are logged once more.
     """
     if not api.access.secrets_for(request.head):
-        return
+        return False
     signer = (topic, peer)
     try:
         verify_signature(request, api.access, api.clock())
@@ -8685,6 +8981,7 @@ def admit_delivery(api: API, request: Request, topic: str, peer: str) -> None:
         api.wrong_signers[signer] = None
         raise
     api.wrong_signers.pop(signer, None)
+    return STANDARD_SIGNATURE in request.head.headers
 
 
 # ---- POST /events/{topic}: an inbox for webhooks ----
@@ -8738,25 +9035,12 @@ _ANY_SCHEMA: Schema = {}
 async def receive_webhook(api: API, request: Request, peer: str) -> Response:
     """Take a webhook: one event whose payload is the body.
 
-    The order counts: the signature is checked before anything of the body is read.
+    The order counts: the signature is checked before anything of the body is read. With
+    a `webhook-signature` that counts, `webhook-id` is the id, and no other is taken.
     """
-    query = request.head.query
     topic = "/".join(request.head.path[1:])
-    admit_delivery(api, request, topic, peer)
-    delivery = read_delivery(request)
-    event = {
-        "topic": topic,
-        "event_id": delivery_id(delivery, api.random_id),
-        "timestamp": format_timestamp(delivery_time(delivery, api.clock())),
-        "source": query.get("source", peer),
-        "payload": delivery.payload,
-    }
-    try:
-        events = read_events([event])
-    except InvalidEvents:
-        # What is JSON and cannot be kept, such as 1e999, is kept as it was written.
-        event["payload"] = {"message": body_text(request)}
-        events = read_events([event])
+    is_id_signed = admit_delivery(api, request, topic, peer)
+    events = read_delivered_event(api, request, peer, is_id_signed)
     receipt = await api.pipeline.publish(events, len(request.body))
     assert receipt is not None, "it waits, so there is a receipt"
     counts = {
@@ -8768,6 +9052,28 @@ async def receive_webhook(api: API, request: Request, peer: str) -> Response:
         "stored": True,
     }
     return json_response(202, counts)
+
+
+def read_delivered_event(api: API, request: Request, peer: str, is_id_signed: bool) -> List[Event]:
+    """The one event of a delivery. Raises HTTPError or InvalidEvents.
+
+    A function of its own, so that the decoded body is gone before the event is stored:
+    it can take 20 times the memory of its text.
+    """
+    delivery = read_delivery(request)
+    event = {
+        "topic": "/".join(request.head.path[1:]),
+        "event_id": delivery_id(delivery, is_id_signed, api.random_id),
+        "timestamp": format_timestamp(delivery_time(delivery, api.clock())),
+        "source": request.head.query.get("source", peer),
+        "payload": delivery.payload,
+    }
+    try:
+        return read_events([event])
+    except InvalidEvents:
+        # What is JSON and cannot be kept, such as 1e999, is kept as it was written.
+        event["payload"] = {"message": body_text(request)}
+        return read_events([event])
 
 
 # ---- CloudEvents 1.0 ----
@@ -8833,9 +9139,10 @@ def read_cloud_events(request: Request, now_us: int, most: int) -> List[Event]:
 
 def structured_cloud_events(body: bytes, is_batch: bool) -> List[Any]:
     """The CloudEvents of a body: one, or a list in the batched mode."""
-    values = json_values(decode_text(body))
+    values = json_values(decode_text(body), most=1)
     if len(values) != 1:
-        raise NotJSON(f"the body holds {len(values)} JSON values: send one CloudEvent, or a batch")
+        count = "several JSON values" if values else "no JSON value"
+        raise NotJSON(f"the body holds {count}: send one CloudEvent, or a batch")
     (value,) = values
     if not is_batch:
         return [value]
@@ -8894,9 +9201,10 @@ def _event_data(request: Request) -> Tuple[str, Any]:
         return "data_base64", b2a_base64(request.body, newline=False).decode("ascii")
     if not is_json:
         return "data", text
-    values = json_values(text)
+    values = json_values(text, most=1)
     if len(values) != 1:
-        raise NotJSON(f"the data holds {len(values)} JSON values instead of one")
+        count = "several JSON values" if values else "no JSON value"
+        raise NotJSON(f"the data holds {count} instead of one")
     return "data", values[0]
 
 
@@ -9156,6 +9464,7 @@ async def erase_events(api: API, request: Request, peer: str) -> Response:
 #     finished: when there is no room, the youngest body or answer goes, so that those
 #     nearest to their end reach it.
 #   * A request that has been read gets an answer, whatever fails meanwhile.
+#   * Nobody keeps a request while its answer is sent, or while the next is awaited.
 #
 # Where a coroutine may be interrupted: only at an `await`. `Server` cancels tasks in
 # two places, `_cut_off` and `stop`, and a cancelled task wakes up with CancelledError
@@ -9200,9 +9509,13 @@ class ServerLimits(NamedTuple):
     # A kept connection without a request. nginx waits 75 s, Apache 5 s.
     idle_s: float = 30.0
 
-    # From the first byte of a request to the end of its head, in total. A TLS handshake
-    # has as long.
+    # From the first byte of a request to the end of its head, in total.
     head_s: float = 10.0
+
+    # A TLS handshake. asyncio shows us a connection only after it, so `connections`
+    # does not count it; that it is short is all that bounds how many there are. They
+    # cost a descriptor each: `ulimit -n` should be well above `connections`.
+    handshake_s: float = 5.0
 
     # Without a single byte of the body. Apache's mod_reqtimeout gives 20 s as well.
     body_stall_s: float = 20.0
@@ -9221,6 +9534,15 @@ class ServerLimits(NamedTuple):
     # to nothing could keep all others out.
     crowded_grace_s: float = 5.0
     crowded_rate: int = 16 * 1024
+
+    # Where there is no room for others, a body must have begun to come so soon after
+    # its head: an announcement costs its sender nothing. Over a long line the first
+    # bytes take 0.2 s.
+    crowded_silence_s: float = 0.25
+
+    # A follower that waits for events, and whose client has closed, is let go after so
+    # long. To close only one half looks the same, so whoever follows must not do that.
+    gone_s: float = 2.0
 
     # A larger answer is written in slices, and each renews the client's deadline. The
     # kernel takes a slice whole, so a slice must take no longer than `write_stall_s` at
@@ -9259,8 +9581,8 @@ _LAST_RESORT = (
 class _Connection:
     """What the sweeper needs to know of one connection.
 
-    `phase` is "idle", "head", "body", "work", "write" or "linger". All instants are the
-    loop's, in seconds.
+    `phase` is "idle", "head", "body", "work", "write", "linger" or, between two pieces
+    of an answer, "stream". All instants are the loop's, in seconds.
     """
 
     __slots__ = (
@@ -9270,15 +9592,27 @@ class _Connection:
         "moved_at",
         "peer",
         "phase",
+        "reader",
+        "request",
         "since",
         "task",
         "writer",
     )
 
-    def __init__(self, task: "asyncio.Task[Any]", writer: asyncio.StreamWriter, now: float) -> None:
+    def __init__(
+        self,
+        task: "asyncio.Task[Any]",
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        now: float,
+    ) -> None:
         address = writer.get_extra_info("peername") or ("unknown",)
         self.task = task
+        self.reader = reader
         self.writer = writer
+        # What is to be answered next. It stands here and nowhere else, so that whoever
+        # answers it can let go of it.
+        self.request: Optional[Request] = None
         self.peer = str(address[0])
         self.phase = "idle"
         self.since = now  # when the phase began
@@ -9317,7 +9651,13 @@ class _Connection:
                 return f"nothing of the answer was read for {limits.write_stall_s:.0f} s"
             if self.is_slower(limits.rate, limits.grace_s, now):
                 return f"the answer was read slower than {limits.rate} bytes/s"
+        if self.phase == "stream" and now - self.since > limits.gone_s and self.is_gone():
+            return "the client has closed"
         return ""
+
+    def is_gone(self) -> bool:
+        """Whether the client has closed, or at least sends no more."""
+        return self.reader.at_eof() or self.writer.transport.is_closing()
 
     def is_slower(self, rate: int, grace_s: float, now: float) -> bool:
         """Whether a body or an answer is past its grace and moves below `rate`."""
@@ -9325,6 +9665,10 @@ class _Connection:
             return False
         age_s = now - self.since
         return age_s > grace_s and self.moved < age_s * rate
+
+    def is_silent(self, silence_s: float, now: float) -> bool:
+        """Whether a body was announced so long ago and nothing more of it has come."""
+        return self.phase == "body" and self.moved == 0 and now - self.since > silence_s
 
 
 class _Room:
@@ -9348,8 +9692,15 @@ class _Room:
             del self._holders[connection]
 
     def youngest_first(self) -> List[_Connection]:
-        """Who keeps something, in the order in which they have to go."""
-        return list(reversed(list(self._holders)))
+        """Who keeps something, in the order in which they have to go.
+
+        A stream between two pieces keeps nothing, and has its place in the order.
+        """
+        holders = []
+        for connection in reversed(list(self._holders)):
+            if connection.kept:
+                holders.append(connection)
+        return holders
 
 
 def _with_request(error: HTTPError, head: Optional[Head]) -> HTTPError:
@@ -9405,7 +9756,7 @@ class Server:
             backlog=1,
             start_serving=False,
             ssl=tls,
-            ssl_handshake_timeout=self._limits.head_s if tls else None,
+            ssl_handshake_timeout=self._limits.handshake_s if tls else None,
         )
         addresses = []
         for sock in self._server.sockets or []:
@@ -9515,9 +9866,11 @@ class Server:
         """
         rate = self._limits.crowded_rate
         grace_s = self._limits.crowded_grace_s
+        silence_s = self._limits.crowded_silence_s
         now = self._time()
         for other in self._room.youngest_first():
-            if other is not connection and other.is_slower(rate, grace_s, now):
+            is_late = other.is_slower(rate, grace_s, now) or other.is_silent(silence_s, now)
+            if other is not connection and is_late:
                 self._cut_off(other, HTTPError("overloaded", _NO_ROOM))
                 if self._room.kept <= self._room_limit:
                     return True
@@ -9541,7 +9894,7 @@ class Server:
         # end the pause.
         encrypted = writer.get_extra_info("sslcontext") is not None
         writer.transport.set_write_buffer_limits(1 if encrypted else 0)
-        connection = _Connection(task, writer, self._time())
+        connection = _Connection(task, reader, writer, self._time())
         self._connections.add(connection)
         try:
             refusal = await self._attend(connection, reader)
@@ -9570,7 +9923,7 @@ class Server:
         if surplus > 0:
             detail = f"{self._limits.connections} connections are open: try again"
             return HTTPError("too-many-connections", detail)
-        parser = RequestParser(self._limits.max_body)
+        parser = RequestParser(self._limits.max_body, self._api.admit)
         try:
             await self._converse(connection, reader, parser)
         except HTTPError as error:
@@ -9603,13 +9956,17 @@ class Server:
         """
         answers_in_a_row = 0
         while True:
-            request = parser.next_request()
-            if request is None:
+            connection.request = parser.next_request()
+            if connection.request is None:
+                if parser.is_busy:
+                    # A body is inflated, and this takes its time.
+                    await asyncio.sleep(0)
+                    continue
                 if not await self._read_on(connection, reader, parser):
                     return
                 answers_in_a_row = 0
                 continue
-            if not await self._answer(connection, request):
+            if not await self._answer(connection):
                 # TLS cannot half-close: a client that waits for the end would wait as
                 # long as we linger. Its request has been read whole, so nobody needs to
                 # linger.
@@ -9657,8 +10014,11 @@ class Server:
         connection.move(len(data), now)
         return True
 
-    async def _answer(self, connection: _Connection, request: Request) -> bool:
-        """Answer a request; whether the connection may be kept after it."""
+    async def _answer(self, connection: _Connection) -> bool:
+        """Answer the request; whether the connection may be kept after it."""
+        request = connection.request
+        assert request is not None
+        connection.request = None
         # No deadline here: what the service itself takes is not the client's fault.
         connection.phase = "work"
         if connection.kept:
@@ -9669,6 +10029,8 @@ class Server:
             response = await self._api.answer(request, connection.peer)
         connection.enter("write", self._time())
         head = request.head
+        # Its body is done with, and to send an answer may take days.
+        del request
         keep_alive = head.keep_alive and not self._stopping
         if not isinstance(response.body, bytes):
             return await self._write_stream(connection, head, response, keep_alive)
@@ -9752,7 +10114,7 @@ class Server:
         The status is long gone when a piece fails. Then an unfinished body is the only
         honest signal that is left.
         """
-        connection.enter("work", self._time())
+        connection.enter("stream", self._time())
         try:
             async for piece in pieces:
                 # The deadline is for one piece: between two the client waits for us.
@@ -9760,7 +10122,11 @@ class Server:
                 if not self._keep(connection, len(piece)):
                     raise HTTPError("overloaded", _NO_ROOM)
                 await self._write_piece(connection, piece, chunked)
-                connection.enter("work", self._time())
+                # The next may be long in coming: one follower may wait for days.
+                del piece
+                if connection.kept:
+                    self._room.put(connection, 0)
+                connection.enter("stream", self._time())
         except OSError:
             # The client is gone.
             raise

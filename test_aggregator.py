@@ -2070,6 +2070,25 @@ def head_of(raw):
     return parser.next_request().head
 
 
+def inflated(body, coding, max_bytes):
+    """A whole body without its coding, without a break."""
+    inflating = aggregator.inflate(body, coding, max_bytes)
+    while True:
+        try:
+            next(inflating)
+        except StopIteration as end:
+            return end.value
+
+
+def empty_blocks(count):
+    """A bare deflate stream of blocks that hold nothing, eight in ten bytes."""
+    # RFC 1951 §3.2.6: not the last, fixed codes (01), end of block (0000000).
+    eight = 0
+    for number in range(8):
+        eight |= 0b010 << 10 * number
+    return eight.to_bytes(10, "little") * (count // 8) + b"\x03\x00"
+
+
 def least_seconds(pieces):
     """The least CPU time of three runs, all of which end with one request."""
     times = []
@@ -2786,7 +2805,7 @@ def trailer_in_bytes(size):
 
 
 def chunks_at_once(size):
-    return [CHUNKED_POST + b"1\r\nx\r\n" * (size // 6) + b"0\r\n\r\n"]
+    return [CHUNKED_POST + b"10\r\n0123456789abcdef\r\n" * (size // 22) + b"0\r\n\r\n"]
 
 
 def chunks_in_bytes(size):
@@ -4002,7 +4021,7 @@ async def assert_no_server_error(desk, raw):
 
 HOOKS = "/events/hooks/shop"
 SECRET = "whsec_" + base64.b64encode(b"the key of the shop").decode()
-OTHER_SECRET = "whsec_" + base64.b64encode(b"another key").decode()
+OTHER_SECRET = "whsec_" + base64.b64encode(b"another key of the shop").decode()
 
 
 def standard_signature(secret, body, delivery="msg_1", timestamp=NOW // 10**6, version="v1"):
@@ -4076,6 +4095,19 @@ def given_back(event):
     source, _, event_id = event["event_id"].partition(" ")
     cloud_event = {"type": event["topic"], "time": event["timestamp"], **event["payload"]}
     return {"id": event_id, "source": source, **cloud_event}
+
+
+class CountedPayload(dict):
+    """A payload; `in_memory` counts those that are left."""
+
+    in_memory = 0
+
+    def __init__(self, **members):
+        super().__init__(**members)
+        CountedPayload.in_memory += 1
+
+    def __del__(self):
+        CountedPayload.in_memory -= 1
 
 
 # ============================================================================
@@ -4580,6 +4612,11 @@ def messages_in_memory():
     return {id(value) for value in gc.get_objects() if type(value) in kinds}
 
 
+def requests_in_memory():
+    """How many whole requests the collector knows of."""
+    return sum(type(value) is aggregator.Request for value in gc.get_objects())
+
+
 @pytest.fixture
 def assert_nothing_is_left():
     """Asserts that nothing of an exchange waits for the garbage collector.
@@ -4602,6 +4639,9 @@ class NoisyAPI:
 
     async def answer(self, request, peer):
         return self._answer()
+
+    def admit(self, head):
+        return True
 
     def refuse(self, error, who, warn=True):
         if self._refusal:
@@ -6921,7 +6961,7 @@ THE_PROGRAM = number_of("The program")
 # What a section imports inside a function, where it is needed. Serving must not pay for
 # it, and small systems do not have it.
 LAZY = {
-    0: "_md5",
+    0: "_md5 importlib.util py_compile",
     8: "hmac",
     9: "socket",
     12: "gzip http.client io random socket stat threading urllib.parse",
@@ -7343,7 +7383,7 @@ def test_any_number_of_brackets_is_refused_and_crashes_nothing(place, opening, c
 
 
 def test_what_is_nested_too_deep_is_counted_in_events():
-    body = b"[{},{}]{}" + b"[" * 100_000
+    body = b"[{},{}]{}" + b"[" * 90_000
     [fault] = faults_in(aggregator.parse_events, body, 10)
     assert fault.index == 3
 
@@ -7427,6 +7467,48 @@ def test_more_events_than_the_queue_holds_are_refused_before_they_are_looked_at(
     expected = "11 events in one request, and the queue holds 10"
     with pytest.raises(aggregator.BatchTooLarge, match=expected):
         aggregator.parse_events(body, 10)
+
+
+LARGE_TEXTS = {
+    "lists": b"[" + b"[]," * 250_000 + b"[]]",
+    "numbers": b"[" + b"1," * 250_000 + b"1]",
+    "strings": b"[" + b'"\\"",' * 250_000 + b"1]",
+    "a payload": json.dumps(sample(payload={"a": [[]] * 250_000})).encode(),
+}
+
+
+@with_cases("body", LARGE_TEXTS)
+def test_a_text_of_too_many_values_is_refused_before_it_is_decoded(body, monkeypatch):
+    monkeypatch.setattr(aggregator, "_DECODER", None)
+    with pytest.raises(aggregator.InvalidEvents) as refusal:
+        aggregator.parse_events(body)
+    (fault,) = refusal.value.faults
+    assert "more than 200000 values" in fault.message
+
+
+def test_the_values_of_a_full_queue_are_taken():
+    payload = {f"k{number}": number for number in range(12)}
+    body = lines([sample(str(number), payload=payload) for number in range(10_000)])
+    assert len(aggregator.parse_events(body)) == 10_000
+
+
+def test_a_long_queue_allows_more_values():
+    body = b"[" + b"[]," * 250_000 + b"[]]"
+    assert len(aggregator.json_values(body.decode(), most=30_000)[0]) == 250_001
+
+
+def test_commas_and_brackets_inside_a_string_are_no_values():
+    table = '1,2,3,[{"\\\n' * 100_000
+    body = json.dumps(sample(payload={"table": table})).encode()
+    (event,) = aggregator.parse_events(body)
+    assert json.loads(event.payload) == {"table": table}
+
+
+def test_reading_stops_after_one_value_too_many():
+    # Behind it stands no JSON, and nobody looks at it.
+    assert aggregator.json_values("1 2 3 ?", most=2) == [1, 2, 3]
+    with pytest.raises(aggregator.BatchTooLarge):
+        aggregator.parse_events(b"1 " * 150_000 + b"?")
 
 
 def test_lines_of_text_become_events_numbered_by_line():
@@ -9026,7 +9108,7 @@ def test_random_bytes_are_a_request_or_unfinished_or_refused_however_they_arrive
 
 def test_a_gzip_body_may_have_as_many_members_as_the_limit():
     members = gzip.compress(b"x") * aggregator.MAX_GZIP_MEMBERS
-    plain = aggregator.inflate(members, "gzip", MAX_BODY)
+    plain = inflated(members, "gzip", MAX_BODY)
     assert plain == b"x" * aggregator.MAX_GZIP_MEMBERS
 
 
@@ -9034,7 +9116,7 @@ def test_a_gzip_body_may_have_as_many_members_as_the_limit():
 def test_a_gzip_body_of_more_members_than_the_limit_is_refused(excess):
     members = gzip.compress(b"x") * (aggregator.MAX_GZIP_MEMBERS + excess)
     with pytest.raises(aggregator.HTTPError, match="more than 100 members"):
-        aggregator.inflate(members, "gzip", 10**7)
+        inflated(members, "gzip", 10**7)
 
 
 @pytest.mark.parametrize("level", range(10))
@@ -9046,7 +9128,7 @@ def test_deflate_is_taken_with_and_without_its_header_at_any_setting(level, wind
         for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_FIXED):
             for wbits in (window, -window):
                 coded = bare_deflate(body, level, wbits, strategy)
-                assert aggregator.inflate(coded, "deflate", len(body)) == body
+                assert inflated(coded, "deflate", len(body)) == body
 
 
 def test_a_bare_deflate_stream_is_not_taken_for_one_with_a_header():
@@ -9055,8 +9137,93 @@ def test_a_bare_deflate_stream_is_not_taken_for_one_with_a_header():
         body = b"%d" % number
         coded = bare_deflate(body)
         alike += int.from_bytes(coded[:2], "big") % 31 == 0
-        assert aggregator.inflate(coded, "deflate", 3) == body
+        assert inflated(coded, "deflate", 3) == body
     assert alike
+
+
+def test_inflating_stops_often_enough_to_let_others_have_a_turn():
+    body = empty_blocks(3_000_000)
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: deflate\r\nContent-Length: {len(body)}"
+    parser = aggregator.RequestParser()
+    parser.feed(head.encode() + b"\r\n\r\n" + body)
+    turns = 0
+    while True:
+        request = parser.next_request()
+        if request is not None:
+            break
+        assert parser.is_busy
+        turns += 1
+    assert request.body == b""
+    assert turns == len(body) // aggregator.INFLATE_SLICE_BYTES
+    assert not parser.is_busy
+    assert parser.next_request() is None
+
+
+@pytest.mark.parametrize("size", [70_000, 400_000])
+def test_a_body_of_several_slices_is_inflated_whole(size):
+    noise = random.Random(size).getrandbits(8 * size).to_bytes(size, "big")
+    for coded in (gzip.compress(noise), gzip.compress(noise[:9]) + gzip.compress(noise[9:])):
+        assert inflated(coded, "gzip", size) == noise
+        with pytest.raises(aggregator.HTTPError, match="cut off"):
+            inflated(coded[:-1], "gzip", size)
+        with pytest.raises(aggregator.HTTPError, match="more than"):
+            inflated(coded, "gzip", size - 1)
+    with pytest.raises(aggregator.HTTPError, match="behind its end"):
+        inflated(zlib.compress(noise) + bytes(70_000), "deflate", size)
+
+
+# ---- Who may send a body ----------------------------------------------------
+
+
+BODY_HEADS = {
+    "large": "Content-Length: 70000",
+    "chunked": "Transfer-Encoding: chunked",
+    "compressed": "Content-Length: 9\r\nContent-Encoding: gzip",
+    "expects 100": "Content-Length: 9\r\nExpect: 100-continue",
+}
+
+
+@with_cases("fields", BODY_HEADS)
+def test_a_body_is_refused_as_soon_as_its_head_is_there(fields):
+    def refuse(head):
+        raise aggregator.HTTPError("unauthorized", f"no body for {head.path[0]}")
+
+    parser = aggregator.RequestParser(MAX_BODY, refuse)
+    parser.feed(f"POST /a HTTP/1.1\r\nHost: x\r\n{fields}\r\n\r\n".encode())
+    with pytest.raises(aggregator.HTTPError, match="no body for a"):
+        parser.next_request()
+    assert not parser.wants_continue
+
+
+def test_nobody_is_asked_about_a_small_plain_body():
+    parser = aggregator.RequestParser(MAX_BODY, lambda head: 1 / 0)
+    parser.feed(b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+    assert parser.next_request().body == b"{}"
+
+
+def test_an_unwanted_body_may_be_short_only():
+    coded = gzip.compress(bytes(aggregator.MAX_UNWANTED_BODY_BYTES + 1))
+    head = f"POST /a HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: {len(coded)}"
+    parser = aggregator.RequestParser(10**7, lambda head: False)
+    parser.feed(head.encode() + b"\r\n\r\n" + coded)
+    with pytest.raises(aggregator.HTTPError, match="65536"):
+        parser.next_request()
+
+
+def test_a_parser_that_waits_keeps_no_request():
+    parser = aggregator.RequestParser(MAX_BODY)
+    parser.feed(b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"b" * 900)
+    body = parser.next_request().body
+    # The name `body`, and the argument of the call.
+    assert sys.getrefcount(body) == 2
+
+
+def test_a_body_in_tiny_chunks_is_refused():
+    parser = aggregator.RequestParser(10**7)
+    parser.feed(b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    parser.feed(b"1\r\na\r\n" * 20_000)
+    with pytest.raises(aggregator.HTTPError, match="chunks of the body are too small"):
+        parser.next_request()
 
 
 # ---- Responses --------------------------------------------------------------
@@ -10982,6 +11149,7 @@ DELIVERY_IDS = text_table("""
     instead of another | ?id=body:       | webhook-id: 2           | "x"                 | x
     a member           | ?id=body:/id    | -                       | {"id": "evt_1"}     | evt_1
     a number           | ?id=body:/id    | -                       | {"id": 12345678}    | 12345678
+    as it is written   | ?id=body:/id    | -                       | {"id": -1E2}        | -1E2
     far inside         | ?id=body:/a/1/b | -                       | {"a":[0,{"b":"x"}]} | x
     a slash in a name  | ?id=body:/a~1b  | -                       | {"a/b": "x"}        | x
     a tilde in a name  | ?id=body:/a~01  | -                       | {"a~1": "x"}        | x
@@ -11087,6 +11255,77 @@ def test_the_time_of_a_delivery_is_where_it_is_said_to_be(desk, query, header, t
     assert event["timestamp"] == aggregator.format_timestamp(instant)
 
 
+def test_long_numbers_that_are_one_double_are_two_ids(desk):
+    one, other = b'{"id": 12345678901234567890.5}', b'{"id": 12345678901234567890.6}'
+    for body in (one, other, one):
+        assert desk.post(HOOKS + "?id=body:/id", body).status == 202
+    assert desk.listed() == ["12345678901234567890.5", "12345678901234567890.6"]
+
+
+NO_NUMBERS = {
+    "NaN": b'{"id": NaN}',
+    "infinite": b'{"id": -Infinity}',
+    "too large": b'{"id": 1e999}',
+    "too many digits": b'{"id": 1' + b"0" * 400 + b"}",
+}
+
+
+@with_cases("body", NO_NUMBERS)
+def test_what_is_no_number_is_no_id(desk, body):
+    assert desk.post(HOOKS + "?id=body:/id", body).problem == "bad-parameter"
+    assert_nothing_stored(desk)
+
+
+# Bytes of a header field, and the id that they are.
+ID_BYTES = {
+    "UTF-8": ("Ā€😀".encode(), "Ā€😀"),
+    "ISO 8859-1": (b"caf\xe9", "café"),
+}
+
+
+@with_cases("raw, event_id", ID_BYTES)
+@pytest.mark.parametrize("query", ["", "?id=header:Idempotency-Key"])
+def test_an_id_in_a_header_field_is_utf_8_where_it_can_be(desk, raw, event_id, query):
+    key = "Idempotency-Key: " + raw.decode("latin-1")
+    assert deliver(desk, b"{}", key, query=query)["event_id"] == event_id
+
+
+def test_the_key_of_lines_may_be_in_utf_8(desk):
+    key = "Idempotency-Key: " + "€".encode().decode("latin-1")
+    assert desk.post("/publish?topic=t&source=s", b"a\nb", PLAIN_TEXT, key).status == 202
+    assert desk.listed() == ["€:1", "€:2"]
+
+
+LARGE_BODY = b'{"a":[' + b"[]," * 250_000 + b"[]]}"
+
+
+def test_a_delivery_of_too_many_values_is_kept_as_text(desk):
+    event = deliver(desk, LARGE_BODY, query="?id=random")
+    assert event["payload"] == {"message": LARGE_BODY.decode()}
+
+
+def test_a_put_of_too_many_values_is_refused(desk):
+    answer = desk.ask("PUT", "/events/t/1", LARGE_BODY, ())
+    assert answer.problem == "invalid-event"
+    assert "send fewer" in answer.json["errors"][0]["message"]
+    assert_nothing_stored(desk)
+
+
+@pytest.mark.parametrize("method, target", [("POST", HOOKS + "?id=random"), ("PUT", "/events/t/1")])
+def test_a_decoded_body_is_gone_before_its_event_is_stored(desk, monkeypatch, method, target):
+    monkeypatch.setattr(aggregator, "json_values", lambda text, most: [CountedPayload(n=1)])
+    publish = desk.api.pipeline.publish
+    left = []
+
+    async def watching_publish(*arguments):
+        left.append(CountedPayload.in_memory)
+        return await publish(*arguments)
+
+    monkeypatch.setattr(desk.api.pipeline, "publish", watching_publish)
+    assert desk.ask(method, target, b"{}", ()).status in (201, 202)
+    assert left == [0]
+
+
 def test_a_delivery_can_name_its_source(desk):
     assert deliver(desk, b"{}", query="?id=random&source=shop")["source"] == "shop"
 
@@ -11129,6 +11368,56 @@ def test_a_secret_may_be_base64_without_a_prefix_or_a_text(desk):
     for number, secret in enumerate((SECRET, text)):
         headers = standard_signature(secret, DELIVERED, delivery=f"msg_{number}")
         assert desk.post(HOOKS, DELIVERED, *headers).status == 202
+
+
+def test_a_copy_of_a_signed_delivery_is_no_new_event(guarded):
+    headers = standard_signature(SECRET, DELIVERED)
+    assert guarded.post(HOOKS, DELIVERED, *headers).json["unique"] == 1
+    copies = {
+        "": "Idempotency-Key: another",
+        "?source=192.0.2.7": "ce-id: another",
+        "?time=body:/order": "X-GitHub-Delivery: another",
+        "?id=header:webhook-id": "Idempotency-Key: another",
+    }
+    for query, header in copies.items():
+        answer = guarded.post(HOOKS + query, DELIVERED, header, *headers)
+        assert answer.json["duplicates"] == 1, query
+
+
+@pytest.mark.parametrize("place", ["random", "content", "body:/order", "header:X-Id"])
+def test_a_signed_delivery_may_not_say_its_id_where_it_is_not_signed(guarded, place):
+    headers = standard_signature(SECRET, DELIVERED)
+    answer = guarded.post(f"{HOOKS}?id={place}", DELIVERED, "X-Id: 7", *headers)
+    assert answer.problem == "bad-parameter"
+    assert "leave out ?id=" in answer.json["detail"]
+    assert stored_events(guarded) == []
+
+
+def test_a_hub_signature_leaves_the_place_of_the_id_open(guarded):
+    headers = hub_signature(SECRET, DELIVERED)
+    assert guarded.post(HOOKS + "?id=body:/order", DELIVERED, *headers).status == 202
+    assert [event["event_id"] for event in stored_events(guarded)] == ["7"]
+
+
+# A secret, and how many keys it may stand for.
+KEYS_OF_SECRETS = {
+    "a word": ("abcd", 1),
+    "letters that are base64": ("abcdefghijklmnopqrstuvwx", 2),
+    "base64 with blanks": ("abcdefghij klmnopqrstuvwx", 1),
+    "whsec": (SECRET, 1),
+    "whsec, too short": ("whsec_YWJjZA==", 0),
+    "whsec, no base64": ("whsec_" + "a-b_" * 8, 0),
+    "whsec, cut": (SECRET[:-1], 0),
+    "whsec, too many signs": (SECRET + "====", 0),
+}
+
+
+@with_cases("secret, count", KEYS_OF_SECRETS)
+def test_only_exact_base64_of_16_bytes_is_a_key(secret, count):
+    keys = aggregator.standard_keys(secret)
+    assert len(keys) == count
+    if not secret.startswith("whsec_"):
+        assert keys[0] == secret.encode()
 
 
 WRONG_SIGNATURES = {
@@ -12742,6 +13031,88 @@ def test_who_hardly_moves_makes_room_for_others(open_site):
         assert finish_upload(older).status == 201
 
 
+def test_who_announces_a_body_and_sends_nothing_makes_room_at_once(open_site):
+    site = open_site(**dict(ROOM, crowded_silence_s=0.1))
+    with contextlib.ExitStack() as stack:
+        for n in range(2):
+            start_upload(site, stack, n, sent=0)
+        time.sleep(0.2)
+        quick = http_request("PUT", "/events/t/quick", b" " * 399_999)
+        assert statuses(site.port, quick + LAST) == [201, 200]
+
+
+def test_a_follower_that_has_read_everything_takes_no_room(open_site):
+    site = open_site(**ROOM)
+    fetch(site.port, "PUT", "/events/large/1", {"x": "y" * 390_000})
+    with contextlib.closing(dial(site.port, FOLLOW)) as sock:
+        read_until(sock, b"}\n\r\n")
+        until(lambda: site.live_tail.followers == 1 and site.kept == 0)
+
+
+def test_a_follower_that_has_closed_is_noticed_though_nothing_happens(open_site):
+    site = open_site(gone_s=0.1)
+    sock = dial(site.port, FOLLOW)
+    assert sock.recv(12) == b"HTTP/1.1 200"
+    until(lambda: site.live_tail.followers == 1)
+    sock.close()
+    until(lambda: site.live_tail.followers == 0, timeout_s=3)
+    until(lambda: site.connections == 0, timeout_s=3)
+
+
+UNREAD_BODIES = {
+    "large": ("Content-Length: 4000000",),
+    "chunked": ("Transfer-Encoding: chunked",),
+    "compressed": ("Content-Length: 4000", "Content-Encoding: gzip"),
+    "expects 100": ("Content-Length: 4", "Expect: 100-continue"),
+}
+
+
+@with_cases("fields", UNREAD_BODIES)
+def test_a_stranger_is_refused_before_his_body_is_read(site, fields):
+    site.api.access = aggregator.Access(tokens=("secret",))
+    (answer,) = exchange(site.port, post(*fields))
+    assert answer.status == 401
+    assert answer.headers["connection"] == "close"
+
+
+@with_cases(
+    "method, target, status",
+    {
+        "route without a body": ("GET", "/health", 413),
+        "wrong method": ("POST", "/health", 405),
+        "no such route": ("POST", "/nowhere", 404),
+    },
+)
+def test_a_large_body_that_nobody_wants_is_refused_before_it_is_read(site, method, target, status):
+    data = http_request(method, target, b"", "Content-Length: 4000000")
+    assert statuses(site.port, data) == [status]
+
+
+def test_a_signed_webhook_may_send_its_body_without_a_token(site):
+    site.api.access = aggregator.Access(tokens=("secret",), webhooks={"hook": ("key",)})
+    head = http_request("POST", "/events/hook", b"", "Content-Length: 4", "Expect: 100-continue")
+    with contextlib.closing(dial(site.port, head)) as sock:
+        assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"null")
+        assert sock.recv(12) == b"HTTP/1.1 401"
+
+
+def test_others_are_answered_while_a_body_is_inflated(site):
+    body = empty_blocks(3_000_000)
+    data = post("Content-Encoding: deflate", body=body)
+    found = []
+    sending = threading.Thread(target=lambda: found.extend(exchange(site.port, data + LAST)))
+    sending.start()
+    longest_s = 0.0
+    while sending.is_alive():
+        start = time.monotonic()
+        assert fetch(site.port, "GET", "/health").status == 200
+        longest_s = max(longest_s, time.monotonic() - start)
+    sending.join()
+    assert statuses_of(found) == [400, 200]
+    assert longest_s < 0.25
+
+
 def test_a_large_answer_without_room_is_refused_and_its_connection_kept(open_site):
     site = open_site(**ROOM)
     fetch(site.port, "PUT", "/events/large/1", {"x": "y" * 390_000})
@@ -12941,6 +13312,35 @@ def test_nothing_of_an_exchange_waits_for_the_garbage_collector(
     fetch(site.port, "POST", "/publish", LARGE)
     assert statuses(site.port, data, half_close=True) == [status]
     assert_nothing_is_left()
+
+
+@with_cases(
+    "data, status",
+    {
+        "invalid events": (post(body=b"[{}]"), 422),
+        "not JSON": (post(body=b"{" * 1000), 400),
+        "no such event": (get("/events/t/none"), 404),
+        "bad parameter": (get("/events?limit=x"), 400),
+    },
+)
+def test_nothing_of_a_refused_request_is_left_while_its_connection_is_kept(
+    site, assert_nothing_is_left, data, status
+):
+    with contextlib.closing(dial(site.port, data + HEALTH)) as sock:
+        raw = read_until(sock, b'"ok"}\n')
+        assert statuses_of(answers(raw)) == [status, 200]
+        # The parser of this connection stays.
+        until(lambda: requests_in_memory() == 0, timeout_s=5)
+
+
+@with_cases("target", {"idle": "/health", "follows": "/events?follow=1&after=0"})
+def test_a_connection_keeps_no_request_when_it_has_been_answered(
+    site, assert_nothing_is_left, target
+):
+    data = http_request("GET", target, b" " * 30_000)
+    with contextlib.closing(dial(site.port, data)) as sock:
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        until(lambda: requests_in_memory() == 0, timeout_s=5)
 
 
 @with_cases("data", {"body": PUBLISH[:-9], "head": PUBLISH[:20]})
@@ -14935,9 +15335,11 @@ def test_the_position_moves_in_the_transaction_that_applies(tmp_path):
     )
     store.apply([group], aggregator.LogMark(1, b"c", 0, {"w": 7}), NOW)
     assert store.log_mark() == (1, b"c", 3, {"w": 7})
+    check_files = store._check_files
     store._check_files = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         store.apply([group], aggregator.LogMark(2, b"d", 0, {"w": 8}), NOW)
+    store._check_files = check_files
     assert store.log_mark() == (1, b"c", 3, {"w": 7})
     store.close()
 
@@ -17173,6 +17575,74 @@ def test_after_a_long_mixed_load_memory_and_file_are_flat_and_the_books_balance(
         assert late.descriptors < middle.descriptors + 5
     assert max(usage.wal_mb for usage in usages) < 100
     assert_sound(program.db)
+
+
+# The compiled form of the script
+
+
+@pytest.fixture
+def lone_script(tmp_path):
+    """A copy of the program in a folder of its own, where bytecode can be kept."""
+    folder = tmp_path / "lone"
+    folder.mkdir()
+    return shutil.copy(PROGRAM, str(folder / "aggregator.py"))
+
+
+def version_of(script, *options):
+    """What `--version` prints, and the names of the bytecode files beside the script."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    found = subprocess.run(
+        [sys.executable, *options, script, "--version"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=True,
+    )
+    kept = glob.glob(os.path.join(os.path.dirname(script), "__pycache__", "*.pyc"))
+    return found.stdout, kept
+
+
+needs_exec = pytest.mark.skipif(
+    os.name != "posix" or not hasattr(sys, "orig_argv"),
+    reason="before Python 3.10, and on Windows, a script goes on as it is",
+)
+
+
+@needs_exec
+def test_a_script_keeps_its_compiled_form_and_becomes_it(lone_script):
+    printed, kept = version_of(lone_script, "-W", "ignore")
+    assert printed.startswith("aggregator " + aggregator.__version__)
+    assert len(kept) == 1
+
+
+@needs_exec
+def test_a_changed_script_is_compiled_anew(lone_script):
+    version_of(lone_script)
+    changed = read_text(lone_script).replace('__version__ = "', '__version__ = "changed-', 1)
+    with open(lone_script, "w", encoding="utf-8") as file:
+        file.write(changed)
+    printed, _ = version_of(lone_script)
+    assert printed.startswith("aggregator changed-" + aggregator.__version__)
+
+
+def test_a_script_that_may_keep_nothing_goes_on_as_it_is(lone_script):
+    printed, kept = version_of(lone_script, "-B")
+    assert printed.startswith("aggregator " + aggregator.__version__)
+    assert not kept
+
+
+@needs_exec
+def test_a_module_stays_what_it_is(lone_script):
+    found = subprocess.run(
+        [sys.executable, "-m", "aggregator", "--version"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        cwd=os.path.dirname(lone_script),
+        check=True,
+    )
+    assert found.stdout.startswith("aggregator " + aggregator.__version__)
 
 
 # ============================================================================
