@@ -1456,8 +1456,8 @@ class DedupIndex:
         """Rebuild recent.ids from the log: what lies above the mark of its slice.
 
         To be called once, when the store is opened. It reads the log from the lowest
-        mark on, which is at most about twice as many events as recent.ids keeps keys.
-        So a start does not take longer the longer the log is.
+        mark on, which is about twice as many events as recent.ids keeps keys, and less
+        than three times. So a start does not take longer the longer the log is.
         """
         # `progress` is keyed by the first byte of each slice. The slice of a key is the
         # last that begins at or before it. (The part 'listing' is no slice. Its
@@ -2360,8 +2360,8 @@ class Store:
         """Read back from the file what the writer keeps in variables.
 
         It is right after a start and after a rollback alike, because every one of them
-        follows from the tables. Only how far the patrol had come is forgotten, so it begins
-        anew.
+        follows from the tables. Only how far the patrol had come is forgotten, so it
+        begins anew.
         """
         self.last_seq = query_value(
             self.db,
@@ -2782,7 +2782,7 @@ class Store:
         """Remove up to `at_most` events that retention has done with; how many it was.
 
         Expire by age first; the limit per topic applies to the rest. `at_most` is twice
-        what has just arrived, or TRIM_ROWS for a step of its own: so a store that holds
+        what has just arrived, so a store that holds
         too much shrinks, and no commit takes long. A commit without anything new
         removes nothing.
         """
@@ -3555,7 +3555,7 @@ def _check_open_store(db: sqlite3.Connection) -> Iterator[Tuple[bool, str]]:
     Python functions `identity` and `fingerprint` of §2.
     """
     db.execute("PRAGMA query_only=1")
-    # Read the file as memory, up to 1 GB of it: that saves a copy of each page.
+    # Read the file as memory, up to 128 MB of it: that saves a copy of each page.
     db.execute("PRAGMA mmap_size=134217728")
     db.create_function("identity", 2, identity)
     db.create_function("fingerprint", 2, fingerprint)
@@ -4986,8 +4986,8 @@ class Pipeline:
     async def publish(self, events: List[Event], size: int, wait: bool = True) -> Optional[Receipt]:
         """Take a batch that came in `size` bytes.
 
-        With `wait`, return its receipt once it is on disk. Without, return None once it
-        is queued. Raises BatchTooLarge, QueueFull, Stopping and StoreFailed; then
+        With `wait`, return its receipt once it is committed. Without, return None once
+        it is queued. Raises BatchTooLarge, QueueFull, Stopping and StoreFailed; then
         nothing of the batch is stored.
 
         It is safe without a lock: from the check of the bound to the put there is no
@@ -5045,13 +5045,17 @@ class Pipeline:
         up, a publisher that still waits gets no answer, and will repeat what it sent.
 
         A commit that fails does not end this loop: `_commit_group` catches what it
-        raises.
+        raises. Anything else would be a bug, after the publishers have their answers:
+        it is logged, and the next group is taken.
         """
         had_company = False
         while True:
             group = await self._gather_group(had_company)
             had_company = len(group) > 1
-            await self._commit_group(group)
+            try:
+                await self._commit_group(group)
+            except Exception:
+                log.exception("A BUG - after a commit; the consumer goes on")
 
     async def _gather_group(self, had_company: bool) -> List[_Batch]:
         """Wait for a batch, and take everything that waits with it, up to the bound.
@@ -5260,7 +5264,7 @@ class Pipeline:
     ) -> Dict[str, Any]:
         """The books, balanced, with so many topics and sources. Raises StoreFailed.
 
-        They add up two numbers: the events that the store has counted, and those that
+        The numbers are: the events that the store has counted, and those that
         are taken and not yet counted (the queue, and the group under way). The one is a
         snapshot of the file, the other a variable of the loop, and neither can be
         frozen while the other is read. So they are read in the order that never makes
@@ -5435,7 +5439,8 @@ class Pipeline:
         """Take nothing more, commit what is queued, close the store.
 
         False if time ran out before the queue did, or if the store could not be closed.
-        Either way no acknowledged event is lost: what was answered is on disk.
+        What was answered after its commit is on disk. Events taken with `wait=0` were
+        answered before, and are lost if time runs out.
 
         The order: no new batches; wait until the queue is empty; end the consumer and
         the housekeeper; close the readers and the store, each in its own thread.
@@ -11480,6 +11485,11 @@ _PAGE_BODY = """
 <div hidden><dt>Free on disk<dd><b data-n="disk_free_bytes" data-per="1000000000"></b> GB</div>
 <div hidden><dt>Full in<dd><b data-n="days_until_full" data-per="1"></b> days</div>
 <div><dt>Missing sequence numbers<dd><b data-n="gaps"></b></div>
+<div hidden><dt>Node<dd><b data-n="log.node"></b></div>
+<div hidden><dt>Primary of the log<dd><b data-n="log.primary"></b></div>
+<div hidden><dt>Entry of the log<dd><b data-n="log.position"></b></div>
+<div hidden><dt>Entries not yet applied<dd><b data-n="log.lag_entries"></b></div>
+<div hidden><dt>Log was reached<dd><b data-n="log.lag_seconds" data-per="1"></b> s ago</div>
 </dl><ul id="gaps" class="live soft"></ul></section>
 </div>
 </main>
@@ -11833,12 +11843,17 @@ function showState() {
 function showNumbers(now) {
   for (const element of document.querySelectorAll("[data-n]")) {
     const path = element.dataset.n.split(".");
-    const number = path.reduce((inside, name) => inside && inside[name], now);
-    if (typeof number === "number") {
-      const per = element.dataset.per;
-      put(element, per ? (number / per).toFixed(1) : count(number));
+    const fact = path.reduce((inside, name) => inside && inside[name], now);
+    const isName = typeof fact === "string" && fact !== "";
+    const isNumber = typeof fact === "number";
+    if (isName) {
+      put(element, fact);
     }
-    element.closest(".facts div")?.toggleAttribute("hidden", typeof number !== "number");
+    if (isNumber) {
+      const per = element.dataset.per;
+      put(element, per ? (fact / per).toFixed(1) : count(fact));
+    }
+    element.closest(".facts div")?.toggleAttribute("hidden", !isNumber && !isName);
   }
   byId("conflicts").classList.toggle("conflict", now.conflicts > 0);
   if (now.named) {
@@ -12705,7 +12720,8 @@ def _fill_numbers(html: str, stats: Dict[str, Any]) -> str:
     def _tag_with_number(match: "re.Match[str]") -> str:
         tag, path, divisor = match.group(0, 1, 2)
         number = _number_at(stats, path)
-        if number is None:
+        if not isinstance(number, (int, float)):
+            # It is not known, or it is a name, which the script puts in.
             return tag + "–"
         if divisor is None:
             return f"{tag}{number:,}"

@@ -1849,6 +1849,165 @@ SEARCHES = {
 
 
 # ============================================================================
+# Helpers of §3: what stands around the file of a store
+# ============================================================================
+
+# A library that is loaded before all others. It makes the N-th write, sync or open of the
+# files of a store fail, once.
+FAULTS_C = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int fails(const char *what, const char *path) {
+    static int seen;
+    if (strcmp(what, getenv("FAULT_WHAT")) || !strstr(path, getenv("FAULT_IN"))) return 0;
+    if (++seen != atoi(getenv("FAULT_AT"))) return 0;
+    errno = atoi(getenv("FAULT_ERRNO"));
+    return 1;
+}
+
+static int fails_fd(const char *what, int fd) {
+    char link[64], path[1024];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    if (size < 0) return 0;
+    path[size] = 0;
+    return fails(what, path);
+}
+
+#define REAL(name) dlsym(RTLD_NEXT, name)
+
+ssize_t write(int fd, const void *data, size_t size) {
+    ssize_t (*real)(int, const void *, size_t) = REAL("write");
+    return fails_fd("write", fd) ? -1 : real(fd, data, size);
+}
+ssize_t pwrite(int fd, const void *data, size_t size, off_t at) {
+    ssize_t (*real)(int, const void *, size_t, off_t) = REAL("pwrite");
+    return fails_fd("write", fd) ? -1 : real(fd, data, size, at);
+}
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t at) {
+    ssize_t (*real)(int, const void *, size_t, off64_t) = REAL("pwrite64");
+    return fails_fd("write", fd) ? -1 : real(fd, data, size, at);
+}
+int fsync(int fd) {
+    int (*real)(int) = REAL("fsync");
+    return fails_fd("sync", fd) ? -1 : real(fd);
+}
+int fdatasync(int fd) {
+    int (*real)(int) = REAL("fdatasync");
+    return fails_fd("sync", fd) ? -1 : real(fd);
+}
+static int open_any(const char *name, const char *path, int flags, mode_t mode) {
+    int (*real)(const char *, int, ...) = REAL(name);
+    return fails("open", path) ? -1 : real(path, flags, mode);
+}
+int open(const char *path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = va_arg(rest, int);
+    va_end(rest);
+    return open_any("open", path, flags, mode);
+}
+int open64(const char *path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = va_arg(rest, int);
+    va_end(rest);
+    return open_any("open64", path, flags, mode);
+}
+"""
+
+# Commits events one by one and in groups, and prints the id of each that was acknowledged.
+FAULTY_WRITER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import aggregator
+
+try:
+    settings = aggregator.StoreSettings(recent_ids=32, list_rows=16, checkpoint_pages=8)
+    store = aggregator.Store(sys.argv[2], settings)
+except aggregator.StoreError:
+    sys.exit(0)
+for start in range(0, 60, 3):
+    events = [aggregator.Event("t", str(n), n, "s", "{}") for n in range(start, start + 3)]
+    try:
+        store.commit([aggregator.record_of(event) for event in events], start)
+    except aggregator.StoreFailed:
+        continue
+    for event in events:
+        print(event.event_id)
+"""
+
+# Leaves what a power cut in the middle of making the tables leaves: a hot journal that says
+# "the file was empty", and a file whose pages have not been written.
+HALF_MADE = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size=2")
+db.execute("BEGIN IMMEDIATE")
+db.execute("CREATE TABLE t(x)")
+for n in range(200):
+    db.execute("INSERT INTO t VALUES(zeroblob(4000))")
+os._exit(1)
+"""
+
+
+@pytest.fixture(scope="session")
+def faults_library(tmp_path_factory):
+    """The compiled library; skips where nothing can compile or preload it."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not sys.platform.startswith("linux") or compiler is None:
+        pytest.skip("no C compiler here, or no Linux")
+    folder = tmp_path_factory.mktemp("faults")
+    source = folder / "faults.c"
+    source.write_text(FAULTS_C)
+    library = str(folder / "faults.so")
+    command = [compiler, "-shared", "-fPIC", "-o", library, str(source), "-ldl"]
+    built = subprocess.run(command, stderr=subprocess.PIPE, timeout=60)
+    if built.returncode != 0:
+        pytest.skip("the compiler cannot make the library")
+    return library
+
+
+def acknowledged_with_fault(library, path, what, number, error):
+    """The ids that a writer acknowledged while its N-th operation of a kind failed."""
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": library,
+        "FAULT_WHAT": what,
+        "FAULT_AT": str(number),
+        "FAULT_IN": os.path.basename(path),
+        "FAULT_ERRNO": str(error),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY_WRITER, HERE, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@contextlib.contextmanager
+def umask(value):
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+# ============================================================================
 # Helpers of §5  The pipeline
 # ============================================================================
 
@@ -8525,6 +8684,138 @@ def test_counts_by_time_are_those_of_counting_by_hand(path, changes, list_rows):
 
 
 # ============================================================================
+# §3  What stands around the file: owners, names, modes, first starts, faults
+# ============================================================================
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="files have no such names here")
+
+
+@needs_posix
+def test_a_file_with_a_second_name_is_refused(path, tmp_path):
+    with open_store(path):
+        pass
+    os.link(path, str(tmp_path / "other.db"))
+    with pytest.raises(aggregator.StoreError, match="2 names"):
+        aggregator.Store(path)
+    os.remove(str(tmp_path / "other.db"))
+
+
+@needs_posix
+def test_a_second_name_that_comes_later_stops_the_commits(path, tmp_path):
+    with open_store(path) as store:
+        os.link(path, str(tmp_path / "other.db"))
+        with pytest.raises(aggregator.StoreFailed, match="linked"):
+            store.commit(events_of([1]), NOW)
+        os.remove(str(tmp_path / "other.db"))
+        assert not store.commit(events_of([1]), NOW).repeats
+
+
+def test_a_symbolic_link_is_the_same_store(path, tmp_path):
+    with open_store(path):
+        link = str(tmp_path / "link.db")
+        os.symlink(path, link)
+        with pytest.raises(aggregator.StoreError, match="another running aggregator"):
+            aggregator.Store(link)
+
+
+@needs_linux
+def test_a_mount_point_is_known_as_one(tmp_path):
+    assert aggregator.is_mount_point("/proc")
+    assert not aggregator.is_mount_point(str(tmp_path))
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or not shutil.which("unshare"),
+    reason="mounting takes the superuser and unshare",
+)
+def test_a_file_that_is_mounted_alone_is_refused(path, tmp_path):
+    with open_store(path):
+        pass
+    other = tmp_path / "other.db"
+    other.write_bytes(b"")
+    script = 'mount --bind "$1" "$2" && exec "$3" "$4" --port 0 --db "$2"'
+    words = ["unshare", "-m", "sh", "-c", script, "sh", path, str(other), sys.executable, PROGRAM]
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=30)
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip("nothing can be mounted here")
+    assert done.returncode == 1
+    assert "mount the folder instead" in done.stderr
+
+
+@needs_posix
+def test_new_files_of_a_store_are_private_whatever_the_umask(path):
+    with umask(0), open_store(path):
+        modes = {name: os.stat(path + name).st_mode & 0o777 for name in ("", "-owner", "-wal")}
+    assert modes == {"": 0o600, "-owner": 0o600, "-wal": 0o600}
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0, reason="only the superuser gives files away"
+)
+def test_a_check_by_root_leaves_nothing_that_the_service_cannot_use(path):
+    with open_store(path):
+        pass
+    os.chown(path, 65534, 65534)
+    os.remove(path + "-owner")
+    for _ in aggregator.check_store(path):
+        pass
+    assert os.stat(path + "-owner").st_uid == 65534
+    os.chown(path, 0, 0)
+
+
+def test_an_owner_file_that_cannot_be_used_is_one_sentence(path):
+    with open_store(path):
+        pass
+    os.remove(path + "-owner")
+    os.mkdir(path + "-owner")
+    with pytest.raises(aggregator.StoreError, match="cannot lock"):
+        aggregator.Store(path)
+    os.rmdir(path + "-owner")
+
+
+def test_a_store_that_was_half_made_when_the_power_went_is_made_anew(path):
+    subprocess.run([sys.executable, "-c", HALF_MADE, path], timeout=30)
+    assert os.path.getsize(path + "-journal") > 512
+    size = os.path.getsize(path)
+    with open(path, "wb") as file:
+        file.write(bytes(size))
+    with open_store(path) as store:
+        store.commit(events_of([1]), NOW)
+        assert store.received() == 1
+
+
+def test_a_file_of_zeros_without_a_journal_is_refused_and_left_as_it_is(tmp_path):
+    zeros = tmp_path / "zeros.db"
+    zeros.write_bytes(bytes(8192))
+    with pytest.raises(aggregator.StoreError, match="not an SQLite database"):
+        aggregator.Store(str(zeros))
+    assert zeros.read_bytes() == bytes(8192)
+
+
+@pytest.mark.parametrize("what", ["write", "sync", "open"])
+def test_the_library_makes_the_disk_fail(faults_library, tmp_path, what):
+    path = str(tmp_path / "s.db")
+    acknowledged = acknowledged_with_fault(faults_library, path, what, 3, errno.EIO)
+    assert len(acknowledged) < 60
+
+
+FAULT_ROUNDS = int(os.environ.get("FAULT_ROUNDS", "3"))
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("what, most", [("write", 120), ("sync", 40), ("open", 8)])
+def test_a_fault_of_the_disk_loses_nothing_acknowledged(faults_library, path, what, most, error):
+    for number in random.sample(range(1, most), FAULT_ROUNDS):
+        for name in glob.glob(path + "*"):
+            os.remove(name)
+        acknowledged = acknowledged_with_fault(faults_library, path, what, number, error)
+        with open_store(path) as store:
+            stored = [event_id for event_id in acknowledged if store.locate("t", event_id)]
+        assert stored == acknowledged, (what, number)
+        assert not contradictions(path), (what, number)
+
+
+# ============================================================================
 # §5  The pipeline
 # ============================================================================
 
@@ -9835,13 +10126,24 @@ def test_an_event_is_written_as_the_page_cuts_it(desk):
 
 # Limits, which the desk makes up; and what is known only after a while.
 NOT_IN_STATS = {"limits.queue_max_size", "disk_free_bytes", "days_until_full"}
+ONLY_WITH_A_LOG = {"node", "primary", "position", "lag_entries", "lag_seconds"}
 
 
 def test_the_service_has_the_numbers_that_the_page_wants(desk):
     desk.publish(sample("1"), sample("1"))
     page = desk.get("/", BROWSER).body.decode()
     missing = set(re.findall(r'data-n="([^"]+)"[^>]*>–', page))
-    assert missing <= NOT_IN_STATS
+    with_a_log = {name for name in missing if name.startswith("log.")}
+    assert with_a_log == {"log." + name for name in ONLY_WITH_A_LOG}
+    assert missing - with_a_log <= NOT_IN_STATS
+
+
+def test_the_page_of_a_node_shows_where_it_is_in_the_log():
+    log = {"node": "<b>", "primary": "db1", "position": 1234, "lag_entries": 2, "lag_seconds": 0.5}
+    page = aggregator.render_page({**PAGE_STATS, "log": log})
+    assert 'data-n="log.position">1,234<' in page
+    # A name is put in by the script, as text.
+    assert 'data-n="log.node">–<' in page
 
 
 def test_with_a_token_the_page_comes_without_numbers(desk):

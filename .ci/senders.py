@@ -14,7 +14,6 @@ exit status is 1 if a check failed. A check may be named: senders.py nginx fetch
 import concurrent.futures
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import re
