@@ -5243,6 +5243,8 @@ class Chaos:
 
 def find_postgres():
     """The folder with the programs of the newest PostgreSQL; "" if there is none."""
+    if os.environ.get("WITHOUT_POSTGRES"):
+        return ""
     folders = sorted(
         glob.glob("/usr/lib/postgresql/*/bin"),
         key=lambda folder: int(folder.split("/")[-2]),
@@ -5261,7 +5263,7 @@ if os.geteuid() == 0:
 can_run_postgres = has_proc and (not AS_POSTGRES or shutil.which("setpriv"))
 needs_postgres = pytest.mark.skipif(
     not POSTGRES_BIN or not can_run_postgres,
-    reason="no initdb here (Debian: apt-get install postgresql)",
+    reason="no initdb here (Debian: apt-get install postgresql), or WITHOUT_POSTGRES is set",
 )
 LOG_PASSWORD = "s3:cr@t/?#%"
 LOG_PASSWORD_IN_URL = "s3%3acr%40t%2f%3f%23%25"
@@ -7130,7 +7132,7 @@ LAZY = {
 }
 
 # Options of other programs that the README's text names.
-OPTIONS_OF_OTHERS = {"--retry"}
+OPTIONS_OF_OTHERS = {"--retry", "--cacert"}
 
 # Names that only these sections may use.
 RESERVED = {
