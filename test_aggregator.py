@@ -5133,7 +5133,9 @@ class ChaosWriter:
         while self.written < self.count:
             self.write(self.chance.randrange(1, 60))
             time.sleep(self.chance.choice((0, 0.001, 0.02)))
-            if self.chance.random() < 0.05:
+            # At random, and after each fifth of the lines at the latest.
+            is_due = self.written > self.count * (self.rotations + 1) / 5
+            if is_due or self.chance.random() < 0.05:
                 self.rotate()
 
     def write(self, most):
@@ -5202,7 +5204,8 @@ class Chaos:
         )
 
     def run(self):
-        while self.writer.thread.is_alive():
+        # A fast writer is done before much was killed. Then what follows it is.
+        while self.writer.thread.is_alive() or self.kills < 2:
             time.sleep(self.chance.uniform(0, 0.8))
             self.strike()
         wait_until(lambda: count_stored(self.port) >= self.expected, 120)
