@@ -8090,7 +8090,9 @@ def test_a_commit_takes_few_statements_however_many_topics_and_sources_it_has(st
     statements = []
     store.db.set_trace_callback(statements.append)
     store.commit(batch, NOW)
-    assert len(statements) < 40
+    # Before 3.32, SQLite binds 999 values: 64 rows of the log, 128 of the books.
+    most = 40 if aggregator.SQLITE_VARIABLES > 999 else 80
+    assert len(statements) < most
 
 
 # ---- Retention
