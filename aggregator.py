@@ -7342,6 +7342,7 @@ class API:
         clock: Callable[[], int],
         random_id: Callable[[], str],
         limits_shown: Dict[str, Any],
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pipeline = pipeline
         self.live_tail = live_tail
@@ -7353,6 +7354,9 @@ class API:
         # How many connections are open; the server replaces it, if there is one.
         self.connections: Callable[[], int] = lambda: 0
         self.started_us = clock()
+        # The uptime goes by a clock that nobody can set: it never falls.
+        self._monotonic_s = monotonic_s
+        self._started_s = monotonic_s()
         # Who signed wrongly since he last signed rightly: topic and address (webhooks).
         self.wrong_signers: Dict[Tuple[str, str], None] = {}
         # Requests refused, by problem.
@@ -7411,7 +7415,7 @@ class API:
         """
         numbers = await self.pipeline.stats(topics, sources)
         numbers["subscribers"] = self.live_tail.followers
-        numbers["uptime_seconds"] = round((self.clock() - self.started_us) / 1e6, 3)
+        numbers["uptime_seconds"] = round(self._monotonic_s() - self._started_s, 3)
         numbers["version"] = __version__
         numbers["limits"] = self._limits_shown
         return numbers
@@ -8093,6 +8097,15 @@ def listed_verdicts(receipt: Receipt) -> List[Dict[str, Any]]:
     return listed
 
 
+def seconds_between(first_us: int, later_us: int) -> float:
+    """The seconds between two arrivals; 0 if the clock was set back in between.
+
+    >>> seconds_between(1_000_000, 2_500_000), seconds_between(2_000_000, 0)
+    (1.5, 0.0)
+    """
+    return max(0, later_us - first_us) / 1_000_000
+
+
 def explained_verdicts(receipt: Receipt) -> List[Dict[str, Any]]:
     """The same, and how each verdict came about: where its key was, and since when."""
     listed = listed_verdicts(receipt)
@@ -8104,7 +8117,7 @@ def explained_verdicts(receipt: Receipt) -> List[Dict[str, Any]]:
             "key": record.key.hex(),
             "found": verdict.place,
             "first_seen": format_timestamp(verdict.first_seen),
-            "seconds_since_first_seen": (receipt.arrived_us - verdict.first_seen) / 1e6,
+            "seconds_since_first_seen": seconds_between(verdict.first_seen, receipt.arrived_us),
             "why": why,
         }
     return listed
@@ -8448,7 +8461,7 @@ def duplicate_facts(duplicate: Duplicate) -> Dict[str, Any]:
         "seq": verdict.seq,
         "first_seen": format_timestamp(verdict.first_seen),
         "repeated": format_timestamp(duplicate.arrived_us),
-        "delay_seconds": (duplicate.arrived_us - verdict.first_seen) / 1e6,
+        "delay_seconds": seconds_between(verdict.first_seen, duplicate.arrived_us),
         "original": path_of_event(record.topic, record.event_id),
     }
     if verdict.kind == "conflict":

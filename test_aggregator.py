@@ -3743,6 +3743,8 @@ class Desk:
     def __init__(self, path, queue_events=1000, keep_alive_s=15.0, **store):
         self.path = path
         self.now = NOW
+        # By a clock that nobody sets.
+        self.passed_us = 0
         self.queue_events = queue_events
         self.keep_alive_s = keep_alive_s
         self.store_settings = aggregator.StoreSettings(clock_settles_us=0, **store)
@@ -3761,7 +3763,12 @@ class Desk:
             self.pipeline, aggregator.TailLimits(keep_alive_s=self.keep_alive_s)
         )
         self.api = aggregator.API(
-            self.pipeline, self.live_tail, lambda: self.now, self.random_id, {"shown": 1}
+            self.pipeline,
+            self.live_tail,
+            lambda: self.now,
+            self.random_id,
+            {"shown": 1},
+            lambda: self.passed_us / 1e6,
         )
 
     def open_store(self):
@@ -10695,8 +10702,22 @@ def test_stats_have_topics_and_sources(desk):
     assert stats["sources"]["s0"] == {"unique": 3, "duplicates": 3}
 
 
+def test_the_uptime_does_not_fall_when_the_clock_is_set_back(desk):
+    desk.passed_us += 5_000_000
+    desk.now -= 86_400_000_000
+    assert desk.stats()["uptime_seconds"] == 5.0
+
+
+def test_a_delay_is_not_negative_when_the_clock_was_set_back(desk):
+    desk.publish(sample("1"))
+    desk.now -= 86_400_000_000
+    desk.publish(sample("1"))
+    (duplicate,) = desk.get("/duplicates").json["duplicates"]
+    assert duplicate["delay_seconds"] == 0.0
+
+
 def test_stats_have_limits_version_uptime_and_size(desk):
-    desk.now += 1_420_000_000
+    desk.passed_us += 1_420_000_000
     stats = desk.stats()
     assert stats["limits"] == {"shown": 1}
     assert stats["version"] == aggregator.__version__
