@@ -12945,6 +12945,8 @@ ROTATED_KEPT_S = 60.0
 # Files of one log that are open at a time. Those beyond are found again by their
 # content.
 OPEN_FILES = 64
+# Listings of a folder in a row, until one finds what the one before it found.
+LOOKS_MAX = 10
 # Seconds since its last change in which gzip may still be at work on a file. When it is
 # done it gives the .gz the time of the original.
 GZIP_FRESH_S = 60.0
@@ -14128,8 +14130,12 @@ class _Entry(NamedTuple):
         return self.status.st_mtime_ns, count, self.path
 
 
-def files_of_log(path: str) -> List[_Entry]:
-    """The files of a log, the oldest first and the present one last. Raises OSError."""
+def list_log(path: str) -> List[_Entry]:
+    """The files of a log, the oldest first and the present one last. Raises OSError.
+
+    Whoever renames at the same time may hide a file from one listing: its new name was
+    asked for too early, and its old one too late.
+    """
     import stat
 
     entries: List[_Entry] = []
@@ -14145,6 +14151,30 @@ def files_of_log(path: str) -> List[_Entry]:
     entries.sort(key=_Entry.age)
     with contextlib.suppress(FileNotFoundError):
         entries.append(_Entry(path, os.stat(path)))
+    return entries
+
+
+def is_same_listing(one: Sequence[_Entry], other: Sequence[_Entry]) -> bool:
+    """Whether every name stands for the same file in both.
+
+    Then it did from the end of the first listing to the start of the second, and each
+    of them has all files that were there at that moment.
+    """
+    inodes = {entry.path: entry.status.st_ino for entry in one}
+    return inodes == {entry.path: entry.status.st_ino for entry in other}
+
+
+def files_of_log(path: str) -> List[_Entry]:
+    """All files of a log as they were at one moment: two listings in a row agree.
+
+    Of a log that is renamed faster than it can be listed it is the last try. Raises
+    OSError.
+    """
+    entries = list_log(path)
+    for _ in range(LOOKS_MAX):
+        before, entries = entries, list_log(path)
+        if is_same_listing(before, entries):
+            break
     return entries
 
 
@@ -14278,14 +14308,17 @@ class Log:
         self._keeps_place = keeps_place
         self._is_alone = is_alone
         self._lock = threading.RLock()
-        # In order of age. At first the files of the marks, all closed.
-        self._files = [LogFile(mark) for mark in marks]
+        self._marks = marks
+        # In order of age.
+        self._files: List[LogFile] = []
         self._current: Optional[LogFile] = None
         self._is_starting = True
+        # Whether nothing was renamed during the last look.
+        self._is_settled = False
         self._place_mark: Optional[Mark] = None
         if marks:
             self._place_mark = marks[-1]
-        # Files that were found and could not be opened: why, by path; "": renamed.
+        # Files that were found and could not be opened: why, by path.
         self._unopened: Dict[str, str] = {}
 
     # -- finding the files --
@@ -14298,17 +14331,32 @@ class Log:
         with self._lock:
             if self._is_unchanged():
                 return
-            # A file that vanishes between listing and opening was renamed: look again.
-            for _ in range(3):
-                self._take_stock()
-                if "" not in self._unopened.values():
+            # What was renamed while we looked may be missing, or be taken for another.
+            for _ in range(LOOKS_MAX):
+                if self._is_starting:
+                    self._begin_with_marks()
+                entries = self._entries()
+                claimed = self._take_stock(entries)
+                self._is_settled = is_same_listing(entries, self._entries())
+                if self._is_settled:
+                    self._forget_gone(entries)
                     break
+            if self._is_starting:
+                self._tell_the_start(entries, claimed)
             self._is_starting = False
+
+    def _begin_with_marks(self) -> None:
+        """At first there are the files of the marks, all closed."""
+        for file in self._files:
+            file.close()
+        self._files = [LogFile(mark) for mark in self._marks]
+        self._current = None
+        self.failures = []
 
     def trouble(self) -> str:
         """What could not be opened, "" if nothing."""
         with self._lock:
-            return "; ".join(reason for reason in self._unopened.values() if reason)
+            return "; ".join(self._unopened.values())
 
     def _is_unchanged(self) -> bool:
         """Whether the present file is the one of before, and not truncated.
@@ -14317,19 +14365,21 @@ class Log:
         our business.
         """
         current = self._current
-        if current is None or current.bytes is None or self._unopened or current.is_torn():
+        if not self._is_settled or self._unopened:
+            return False
+        if current is None or current.bytes is None or current.is_torn():
             return False
         try:
             return os.path.samestat(os.stat(self.path), current.bytes.status())
         except FileNotFoundError:
             return False
 
-    def _take_stock(self) -> None:
+    def _take_stock(self, entries: Sequence[_Entry]) -> Set[int]:
         """Explain each file of the log: known, a copy of a known one, or new.
 
         First those whose inode tells, so that a copy cannot pass for its original.
+        Returns the numbers of the files that were found.
         """
-        entries = self._entries()
         self._unopened = {}
         current, self._current = self._current, None
         if current is not None and current.is_torn():
@@ -14350,10 +14400,8 @@ class Log:
                 self._note_unopened(entry, error)
         for file in self._files:
             file.is_rotated = file is not self._current
-        if self._is_starting:
-            self._tell_the_start(claimed)
         self._bound_open_files()
-        self._forget_gone(entries)
+        return claimed
 
     def _entries(self) -> List[_Entry]:
         """The files of the log, or its present one alone. Raises OSError."""
@@ -14362,15 +14410,13 @@ class Log:
             entries = files_of_log(self.path)
         elif os.path.exists(self.path):
             entries.append(_Entry(self.path, os.stat(self.path)))
-        if not self._follows and (not entries or entries[-1].path != self.path):
-            self.failures.append(f"{self.path}: {os.strerror(errno.ENOENT)}")
         return entries
 
     def _note_unopened(self, entry: _Entry, error: OSError) -> None:
-        """A follower tries again with the next look."""
+        """A follower tries again with the next look. What was renamed is looked for."""
         if isinstance(error, FileNotFoundError):
-            self._unopened[entry.path] = ""
-        elif self._follows:
+            return
+        if self._follows:
             self._unopened[entry.path] = _reason(error)
         else:
             self.failures.append(_reason(error))
@@ -14525,8 +14571,10 @@ class Log:
         """Whether this is a file that we hold open."""
         return any(file.is_open_as(entry.status) for file in self._files)
 
-    def _tell_the_start(self, claimed: Set[int]) -> None:
+    def _tell_the_start(self, entries: Sequence[_Entry], claimed: Set[int]) -> None:
         """What is missing at the start, and what is read in addition."""
+        if not self._follows and (not entries or entries[-1].path != self.path):
+            self.failures.append(f"{self.path}: {os.strerror(errno.ENOENT)}")
         last = self._place_mark
         if last is not None and last.number not in claimed:
             _tell(
@@ -14720,24 +14768,38 @@ class Log:
 
     def _open_waiting(self, file: LogFile) -> None:
         """Find a file again whose turn has come. Raises OSError."""
+        for _ in range(LOOKS_MAX):
+            entries = files_of_log(self.path)
+            if self._open_one_of(entries, file):
+                return
+            if is_same_listing(entries, list_log(self.path)):
+                file.is_waiting = False
+                missing = f"{file.seen_size:,} bytes are missing"
+                self._give_up(file, f"was removed before it was read: {missing}")
+                return
+
+    def _open_one_of(self, entries: Sequence[_Entry], file: LogFile) -> bool:
+        """Open the file that holds the place of `file`. Raises OSError."""
         failure: Optional[OSError] = None
-        for entry in files_of_log(self.path):
+        for entry in entries:
             if self._is_open(entry):
                 continue
             try:
                 opened = LogBytes(entry.path)
                 is_same = holds_place(opened, file.mark)
+            except FileNotFoundError:
+                # Renamed meanwhile: the next listing has it.
+                continue
             except OSError as error:
                 failure = error
                 continue
             if is_same and (file.mark.head_size or opened.inode == file.mark.inode):
                 file.open(opened, entry.path)
-                return
+                return True
             opened.close()
         if failure is not None:
             raise failure
-        file.is_waiting = False
-        self._give_up(file, f"was removed before it was read: {file.seen_size:,} bytes are missing")
+        return False
 
     def _give_up(self, file: LogFile, reason: str) -> None:
         """Leave a file that will never be read, and say so."""
