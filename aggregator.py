@@ -72,8 +72,8 @@ from typing import (
 )
 
 
-def kept_bytecode(path: str) -> str:
-    """The name of the compiled form of a source file. It is made if it is missing or old.
+def kept_bytecode() -> str:
+    """The name of the compiled form of this file. It is made if it is missing or old.
 
     It stands where an import would keep it. Its first 16 bytes say which Python made
     it, and the time and size of its source (PEP 552). Raises OSError where it cannot be
@@ -82,6 +82,7 @@ def kept_bytecode(path: str) -> str:
     import importlib.util
     import py_compile
 
+    path = os.path.abspath(__file__)
     source = os.stat(path)
     numbers = (0, int(source.st_mtime), source.st_size)
     head = importlib.util.MAGIC_NUMBER
@@ -98,26 +99,65 @@ def kept_bytecode(path: str) -> str:
     return kept
 
 
+# Where Linux shows the files that a process has open.
+IN_MEMORY = "/proc/self/fd/"
+
+
+def bytecode_in_memory() -> str:
+    """The name of a file in memory with the compiled form of this program.
+
+    It goes when nobody has it open any more (memfd_create(2)). `become_bytecode` calls
+    it. Raises OSError and AttributeError where the system has no such files.
+    """
+    import importlib.util
+    import marshal
+
+    # The frame of the module runs all of this file.
+    code = sys._getframe(2).f_code
+    # No flags, no time, no size: nobody compares a script with its source.
+    data = importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+    number = os.memfd_create("aggregator.py", 0)
+    with open(number, "wb", closefd=False) as file:
+        file.write(data)
+    return IN_MEMORY + str(number)
+
+
 def become_bytecode() -> None:
     """Go on as the compiled form of this file, in the same process, if there can be one.
 
     Python compiles a script anew at each start, and never gives the memory for it back:
     25 MB for this file. An imported module is compiled once and kept in __pycache__. So
     the script looks for its compiled form there, or puts it there, and lets Python run
-    that instead. Where nothing can be kept, or Python was told to keep nothing, it goes
-    on as it is.
+    that instead. Where nothing can be kept, or Python was told to keep nothing, the
+    compiled form goes to a file in memory, as far as the system has such files.
     """
-    if sys.dont_write_bytecode or os.name != "posix" or not hasattr(sys, "orig_argv"):
+    if __file__.startswith(IN_MEMORY):
+        # It has been read. When it is open no more, its memory is free.
+        os.close(int(__file__[len(IN_MEMORY) :]))
+        sys.path[0] = os.path.dirname(program_path())
+    if os.name != "posix" or not hasattr(sys, "orig_argv"):
         return
-    if __spec__ is not None or not __file__.endswith(".py"):
-        # It runs as a module, or it is the compiled form already.
+    is_script = __spec__ is None and sys._getframe(1).f_back is None
+    if not is_script or not __file__.endswith(".py"):
+        # It runs as a module, or inside another program, or it is compiled already.
         return
-    try:
-        kept = kept_bytecode(os.path.abspath(__file__))
-        options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-        os.execv(sys.executable, [sys.executable, *options, kept, *sys.argv[1:]])
-    except OSError:
-        return
+    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+    # Python ignores it. `ps` and `pgrep -f` show it.
+    options += ["-X", "source=" + os.path.abspath(__file__)]
+    forms = [kept_bytecode, bytecode_in_memory]
+    if sys.dont_write_bytecode:
+        forms.remove(kept_bytecode)
+    for form in forms:
+        try:
+            os.execv(sys.executable, [sys.executable, *options, form(), *sys.argv[1:]])
+        except (OSError, AttributeError):
+            # The next one, or none: then it goes on as it is.
+            continue
+
+
+def program_path() -> str:
+    """The absolute path of this file, for whoever starts the program once more."""
+    return os.path.abspath(sys._xoptions.get("source", __file__))
 
 
 def wants_openssl(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
@@ -15577,7 +15617,7 @@ class DrilledService:
         import subprocess
 
         store = os.path.join(self._folder, "drill.db")
-        command = [sys.executable, os.path.abspath(__file__), "serve"]
+        command = [sys.executable, program_path(), "serve"]
         command += ["--host", "127.0.0.1", "--port", self._port]
         command += ["--db", store, "--log-level", "ERROR"]
         self._process = subprocess.Popen(command, env=self._environment)
