@@ -157,7 +157,8 @@ def become_bytecode() -> None:
 
 def program_path() -> str:
     """The absolute path of this file, for whoever starts the program once more."""
-    return os.path.abspath(sys._xoptions.get("source", __file__))
+    path: str = sys._xoptions.get("source", __file__)
+    return os.path.abspath(path)
 
 
 def wants_openssl(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
@@ -6102,6 +6103,8 @@ class RequestParser:
         that: nobody knows where the next request starts.
         """
         assert not self._refused, "asked again after HTTPError"
+        if not self._buffer and self.phase == "idle":
+            return None
         try:
             return next(self._requests)
         except HTTPError:
@@ -7215,6 +7218,17 @@ def allow_value(methods: Iterable[str]) -> str:
 _PORT = re.compile(r":[0-9]*\Z")
 
 
+# Most clients ask for one and the same host.
+@functools.lru_cache(64)
+def _without_port(host: str) -> str:
+    """The name in a Host field, in small letters.
+
+    >>> _without_port("LocalHost:8000"), _without_port("[::1]:8000")
+    ('localhost', '[::1]')
+    """
+    return _PORT.sub("", host.lower())
+
+
 class Access(NamedTuple):
     """Who may do what.
 
@@ -7256,9 +7270,9 @@ class Access(NamedTuple):
 
     def _check_host(self, head: Head) -> None:
         """The host must be one of ours."""
-        host = head.headers["host"].lower()
+        host = head.headers["host"]
         # HTTP/1.0 may come without a host. No browser sends it.
-        if host and _PORT.sub("", host) not in self.hosts:
+        if host and _without_port(host) not in self.hosts:
             raise HTTPError(
                 "misdirected", f"nobody here is called {shown(host)}: --allow-host adds a name"
             )
@@ -8044,10 +8058,12 @@ async def publish_events(api: API, request: Request, peer: str) -> Response:
     With `wait=0` the answer says "stored": false: the events are queued, and a crash
     may lose them.
     """
+    wait, explain, list_verdicts = True, False, False
     query = request.head.query
-    wait = read_flag(query, "wait", default=True)
-    explain = read_flag(query, "explain", default=False)
-    list_verdicts = read_flag(query, "verdicts", default=False) or explain
+    if query:
+        wait = read_flag(query, "wait", default=True)
+        explain = read_flag(query, "explain", default=False)
+        list_verdicts = read_flag(query, "verdicts", default=False) or explain
 
     events = read_published(api, request)
     # Here the request waits for the commit of its group. If the client goes away, its
@@ -9787,6 +9803,8 @@ class Server:
         self._room_limit = max(limits.buffers, 2 * limits.max_body)
         self._connections: Set[_Connection] = set()
         api.connections = self._connections.__len__
+        # Seconds, by a clock that never jumps.
+        self._time = time.monotonic
         self._stopping = False
         # When a connection could not be taken last.
         self._shortage_at = float("-inf")
@@ -9798,8 +9816,6 @@ class Server:
 
         `tls` is an ssl.SSLContext, or None for plain TCP. Raises OSError.
         """
-        # The clock of the loop, in seconds; it never jumps.
-        self._time = asyncio.get_running_loop().time
         # Who has a large body waits here; whoever has been answered wakes the next.
         self._large_bodies = asyncio.Semaphore(self._limits.large_at_once)
         self._server = await asyncio.start_server(

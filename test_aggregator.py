@@ -7132,7 +7132,7 @@ THE_PROGRAM = number_of("The program")
 # What a section imports inside a function, where it is needed. Serving must not pay for
 # it, and small systems do not have it.
 LAZY = {
-    0: "_md5 importlib.util py_compile",
+    0: "_md5 importlib.util marshal py_compile",
     8: "hmac",
     9: "socket",
     12: "gzip http.client io random socket stat threading urllib.parse",
