@@ -100,7 +100,7 @@ def kept_bytecode() -> str:
 
 
 # Where Linux shows the files that a process has open.
-IN_MEMORY = "/proc/self/fd/"
+OWN_DESCRIPTORS = "/proc/self/fd/"
 
 
 def bytecode_in_memory() -> str:
@@ -119,7 +119,7 @@ def bytecode_in_memory() -> str:
     number = os.memfd_create("aggregator.py", 0)
     with open(number, "wb", closefd=False) as file:
         file.write(data)
-    return IN_MEMORY + str(number)
+    return OWN_DESCRIPTORS + str(number)
 
 
 def become_bytecode() -> None:
@@ -131,9 +131,9 @@ def become_bytecode() -> None:
     that instead. Where nothing can be kept, or Python was told to keep nothing, the
     compiled form goes to a file in memory, as far as the system has such files.
     """
-    if __file__.startswith(IN_MEMORY):
+    if __file__.startswith(OWN_DESCRIPTORS):
         # It has been read. When it is open no more, its memory is free.
-        os.close(int(__file__[len(IN_MEMORY) :]))
+        os.close(int(__file__[len(OWN_DESCRIPTORS) :]))
         sys.path[0] = os.path.dirname(program_path())
     if os.name != "posix" or not hasattr(sys, "orig_argv"):
         return
@@ -2203,6 +2203,46 @@ def file_identity(path: str) -> Optional[FileIdentity]:
     return FileIdentity(status.st_dev, status.st_ino, status.st_nlink)
 
 
+class WatchedFile:
+    """A file of the store, which has to stay the one file of its name.
+
+    To ask for its identity also asks for its times. From Linux 6.13 on, a file whose
+    times somebody asked for writes them to the disk with its next change. The WAL
+    changes with every commit, and each would take 60 µs longer. So a file that
+    `changes_often` is asked for its name instead, through a descriptor that can neither
+    read nor lock (open(2), O_PATH): the name is another one once the file is moved, and
+    ends in " (deleted)" once it is gone.
+    """
+
+    def __init__(self, path: str, changes_often: bool = False) -> None:
+        self.path = path
+        self._identity = file_identity(path)
+        self._descriptor: Optional[int] = None
+        if changes_often and hasattr(os, "O_PATH"):
+            self._descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                self._name = self._name_now()
+            except OSError:
+                # Without /proc, its times have to be asked for.
+                self.close()
+
+    def _name_now(self) -> str:
+        """How the system calls the file that was opened. Raises OSError."""
+        return os.readlink(f"{OWN_DESCRIPTORS}{self._descriptor}")
+
+    def is_in_place(self) -> bool:
+        """Whether the name still stands for the same file."""
+        if self._descriptor is None:
+            return file_identity(self.path) == self._identity
+        return self._name_now() == self._name
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
     """Commit at the end of the block, or roll back on any exception.
@@ -2286,6 +2326,7 @@ class Store:
         self._owner = lock_store(self.path)
         # Until the store itself is open, so that `close` can close what there is.
         self.db = self._owner
+        self._files: List[WatchedFile] = []
         try:
             make_file(self.path, like=folder)
             self.db = connect(self.path, settings.lock_timeout_s)
@@ -2364,9 +2405,8 @@ class Store:
         self._retention = self._age_limit(self._settings.retention_us)
         self._dedup_retention = self._age_limit(self._settings.dedup_retention_us)
         # The files that this store consists of, for `_check_files`.
-        self._files_at_start = {}
-        for ending in ("", "-owner", "-shm", "-wal"):
-            self._files_at_start[self.path + ending] = file_identity(self.path + ending)
+        self._files = [WatchedFile(self.path + ending) for ending in ("", "-owner", "-shm")]
+        self._files.append(WatchedFile(self.path + "-wal", changes_often=True))
 
     def _create_tables(self) -> None:
         """Make the tables in a new file, or bring an old file up to date.
@@ -3145,11 +3185,11 @@ class Store:
         SQLite would go on writing to a file that has no name any more, and each 202
         would be a lie. Or a second process could own what stands there now.
         """
-        for path, file_at_start in self._files_at_start.items():
-            if file_identity(path) != file_at_start:
+        for file in self._files:
+            if not file.is_in_place():
                 raise StoreFailed(
-                    f"{path} was deleted, moved, replaced or linked while in use: put the same"
-                    " file back under its one name, or restart"
+                    f"{file.path} was deleted, moved, replaced or linked while in use: put the"
+                    " same file back under its one name, or restart"
                 )
 
     def checkpoint_note(self) -> str:
@@ -3176,6 +3216,8 @@ class Store:
 
         The store stays whole if this never runs.
         """
+        for file in self._files:
+            file.close()
         with contextlib.closing(self._owner):
             self.db.close()
 

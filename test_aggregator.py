@@ -8536,10 +8536,17 @@ def test_many_commits_leave_the_wal_bounded(path):
 
 @pytest.mark.parametrize("ending", ["", "-owner", "-shm", "-wal"])
 @pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("system", ["Linux", "another"])
 def test_a_store_whose_file_is_moved_or_replaced_takes_nothing_until_it_is_back(
-    store, ending, replaced
+    path, ending, replaced, system, monkeypatch
 ):
-    name = store.path + ending
+    if system != "Linux":
+        monkeypatch.delattr(os, "O_PATH", raising=False)
+    with open_store(path) as store:
+        assert_refuses_while_away(store, store.path + ending, replaced)
+
+
+def assert_refuses_while_away(store, name, replaced):
     store.commit([event(1)], NOW)
     os.rename(name, name + ".away")
     if replaced:
@@ -8551,6 +8558,36 @@ def test_a_store_whose_file_is_moved_or_replaced_takes_nothing_until_it_is_back(
         store.probe(0, NOW)
     os.replace(name + ".away", name)
     assert kinds_of(store, [event(2), event(1)]) == ["new", "duplicate"]
+
+
+@pytest.mark.parametrize("ending", ["-shm", "-wal"])
+def test_a_store_whose_file_is_deleted_takes_nothing(path, ending):
+    with open_store(path) as store:
+        store.commit([event(1)], NOW)
+        os.remove(store.path + ending)
+        with pytest.raises(aggregator.StoreFailed, match="was deleted, moved"):
+            store.commit([event(2)], NOW)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="this system has no O_PATH")
+def test_no_commit_asks_for_the_times_of_the_wal(store, monkeypatch):
+    asked = []
+    stat = os.stat
+
+    def note(path, *arguments, **options):
+        asked.append(str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", note)
+    store.commit([event(1)], NOW)
+    assert sorted(asked) == sorted([store.path, store.path + "-owner", store.path + "-shm"])
+
+
+def test_a_store_that_is_closed_leaves_no_descriptor(path):
+    before = len(os.listdir("/proc/self/fd"))
+    with open_store(path) as store:
+        store.commit([event(1)], NOW)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @with_cases("what, mode", {"the folder": ("", 0o555), "the file": ("s.db", 0o444)})
