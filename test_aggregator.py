@@ -4855,6 +4855,7 @@ class Fake:
     def __init__(self, behave):
         self.behave = behave
         self.asked = []
+        self.codings = []
         self.when_s = []
         fake = self
 
@@ -4867,7 +4868,9 @@ class Fake:
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                body = zlib.decompress(body, 31)
+                fake.codings.append(self.headers["Content-Encoding"])
+                if fake.codings[-1] == "gzip":
+                    body = zlib.decompress(body, 31)
                 self.answer([json.loads(line) for line in body.split(b"\n")])
 
             def answer(self, asked):
@@ -6584,8 +6587,8 @@ NOT_ON_WINDOWS = """
 import asyncio, os, shutil, signal, sys
 sys.modules["resource"] = sys.modules["fcntl"] = sys.modules["pwd"] = None
 for module, names in (
-    (os, "O_DIRECTORY O_NOFOLLOW O_CLOEXEC O_NONBLOCK fchmod fchown geteuid getuid getpgid"),
-    (os, "mkfifo statvfs pread pwrite fork sched_getaffinity posix_fadvise"),
+    (os, "O_DIRECTORY O_PATH O_NOFOLLOW O_CLOEXEC O_NONBLOCK fchmod fchown geteuid getuid getpgid"),
+    (os, "mkfifo memfd_create statvfs pread pwrite fork sched_getaffinity posix_fadvise"),
     (signal, "SIGHUP SIGALRM SIGUSR1 SIGUSR2 SIGPIPE SIGCHLD alarm setitimer"),
     (signal, "pthread_sigmask pthread_kill sigwait"),
 ):
@@ -14182,6 +14185,17 @@ def test_a_place_says_why_a_run_ended_and_the_next_one_clears_it(tmp_path):
                 ship(fake.url, log, topic="t", state=place)
             errors.append(json.loads(place.read_text())["error"])
     assert errors == ["", f"{fake.url}: 403 not yours", ""]
+
+
+def test_events_are_compressed_if_they_leave_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "log").write_text("one\ntwo\n")
+    with Fake(scripted()) as fake:
+        assert ship(fake.url, tmp_path / "log", topic="t") == 0
+        monkeypatch.setattr(aggregator, "is_loopback", lambda host: False)
+        assert ship(fake.url, tmp_path / "log", topic="t") == 0
+        assert fake.codings == [None, "gzip"]
+    here, elsewhere = fake.asked
+    assert [event["payload"] for event in here] == [event["payload"] for event in elsewhere]
 
 
 def test_a_place_of_the_first_version_is_understood(site, tmp_path, capsys, send):
