@@ -119,7 +119,10 @@ def bytecode_in_memory() -> str:
     number = os.memfd_create("aggregator.py", 0)
     with open(number, "wb", closefd=False) as file:
         file.write(data)
-    return OWN_DESCRIPTORS + str(number)
+    name = OWN_DESCRIPTORS + str(number)
+    # Without /proc, whoever becomes it finds nothing.
+    os.stat(name)
+    return name
 
 
 def become_bytecode() -> None:
@@ -135,7 +138,7 @@ def become_bytecode() -> None:
         # It has been read. When it is open no more, its memory is free.
         os.close(int(__file__[len(OWN_DESCRIPTORS) :]))
         sys.path[0] = os.path.dirname(program_path())
-    if os.name != "posix" or not hasattr(sys, "orig_argv"):
+    if os.name != "posix" or not hasattr(sys, "orig_argv") or not sys.executable:
         return
     is_script = __spec__ is None and sys._getframe(1).f_back is None
     if not is_script or not __file__.endswith(".py"):
