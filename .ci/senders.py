@@ -258,14 +258,25 @@ def expect(condition, what):
     assert condition, what
 
 
-# ---- Senders ---------------------------------------------------------------------
+with open(os.path.join(HERE, "..", "README.md"), encoding="utf-8") as readme:
+    README = readme.read()
 
-FETCH = """
-const event = {topic: "door", event_id: "42", source: "web",
-               timestamp: new Date().toISOString(), payload: {open: true}};
-const answer = await fetch("URL/publish", {method: "POST", body: JSON.stringify(event)});
-if (!answer.ok) console.error((await answer.json()).detail);
-"""
+
+def recipe(name, url):
+    """The block that follows (`name`) in the README, for the service at `url`."""
+    _, behind = README.split(f"(`{name}`)", 1)
+    _, block, _ = behind.split("```", 2)
+    _, code = block.split("\n", 1)
+    return code.replace("http://localhost:8000", url).replace("localhost:8000", url)
+
+
+def in_readme(text):
+    """The text, which the README must show."""
+    expect(text in README, f"the README has no {text}")
+    return text
+
+
+# ---- Senders ---------------------------------------------------------------------
 
 
 def run_node(name, program, cwd=None):
@@ -287,61 +298,27 @@ def fetch():
     """JSON as `fetch` sends it: as text/plain."""
     with service() as target:
         for _ in range(2):
-            run_node("fetch", FETCH.replace("URL", target.url))
+            run_node("fetch", recipe("fetch", target.url))
         expect(len(target.events("door")) == 1, "not stored once")
-
-
-CRON = """\
-backup() { echo copied 312 files; }
-backup 2>&1 | curl -s --retry 5 --data-binary @- -H 'Content-Type: text/plain' \\
-    "URL/events/backup?id=random&source=$(hostname)"
-"""
 
 
 @check()
 def curl_and_cron():
-    """The output of a job, as one event."""
+    """The output of a job, as one event, however often it is sent."""
     with service() as target:
-        run("sh", "-c", CRON.replace("URL", target.url))
+        job = "backup() { echo copied 312 files; }\n"
+        for _ in range(2):
+            run("sh", "-c", job + recipe("curl-and-cron", target.url))
         [stored] = target.events("backup")
         expect(stored["payload"] == {"message": "copied 312 files\n"}, stored)
-
-
-LOGGING_HANDLER = '''
-import json, logging, logging.handlers, queue, time, urllib.error, urllib.request, uuid
-
-
-class AggregatorHandler(logging.Handler):
-    """Sends each record to `url` as an event of `topic`, until it is stored."""
-
-    def __init__(self, url, topic, source):
-        super().__init__()
-        self.url, self.topic, self.source = url + "/publish", topic, source
-
-    def emit(self, record):
-        event = {"topic": self.topic, "event_id": str(uuid.uuid4()), "source": self.source,
-                 "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-                 "payload": {"level": record.levelname, "message": self.format(record)}}
-        for delay_s in (1, 2, 4, 8, 16, 0):
-            try:
-                return urllib.request.urlopen(self.url, json.dumps(event).encode(), timeout=10)
-            except OSError:
-                time.sleep(delay_s)
-
-
-waiting = queue.Queue(10_000)
-sender = logging.handlers.QueueListener(waiting, AggregatorHandler("URL", "logs/app", "nas"))
-sender.start()
-logging.getLogger().addHandler(logging.handlers.QueueHandler(waiting))
-'''
 
 
 @check()
 def python_logging():
     """The handler of the README, with a service that comes late."""
     port = free_port()
-    program = LOGGING_HANDLER.replace("URL", f"http://127.0.0.1:{port}")
-    program += 'logging.warning("disk %s is full", "sda")\nsender.stop()\n'
+    program = recipe("python-logging", f"http://127.0.0.1:{port}")
+    program += 'logging.warning("disk %s is full", "sda")\nwaiting.join()\n'
     folder = tempfile.mkdtemp(dir=WORK)
     with running("logging", sys.executable, "-c", program) as sender:
         time.sleep(0.5)
@@ -462,7 +439,7 @@ def stripe_like():
     """A webhook whose id and time stand in its body."""
     body = b'{"id": "evt_1", "created": 1767268800, "type": "invoice.paid", "data": {}}'
     with service() as target:
-        hook = target.url + "/events/stripe?id=body:/id&time=body:/created&source=stripe"
+        hook = target.url + in_readme("/events/stripe?id=body:/id&time=body:/created&source=stripe")
         for _ in range(2):
             expect(ask(hook, body).status == 202, "refused")
         [stored] = target.events("stripe")
@@ -567,13 +544,7 @@ def cloudevents_npm():
 
 SYSLOG_NG = """\
 @version: 3.38
-source s_local { file("INPUT" flags(no-parse) follow-freq(0.2)); };
-destination d_aggregator {
-  http(url("URL/publish?topic=logs/syslog&source=HOST") method("POST")
-       headers("Content-Type: text/plain") body("$MSG") delimiter("\\n")
-       batch-lines(100) batch-timeout(200) retries(10));
-};
-log { source(s_local); destination(d_aggregator); };
+source s_src { file("INPUT" flags(no-parse) follow-freq(0.2)); };
 """
 
 
@@ -586,10 +557,10 @@ def syslog_ng():
         path = target.folder + "/input.log"
         with open(path, "wb") as file:
             file.write(b"first\ncaf\xe9\nlast\n")
-        settings = SYSLOG_NG.replace("URL", target.url).replace("INPUT", path)
+        settings = SYSLOG_NG.replace("INPUT", path) + recipe("syslog-ng", target.url)
         settings_path = target.folder + "/syslog-ng.conf"
         with open(settings_path, "w") as file:
-            file.write(settings.replace("HOST", "nas"))
+            file.write(settings)
         command = [program, "-F", "-f", settings_path, "-R", target.folder + "/persist"]
         command += ["-c", target.folder + "/ctl", "-p", target.folder + "/pid"]
         command += ["--module-path", ":".join(modules), "--no-caps"]
@@ -601,10 +572,7 @@ def syslog_ng():
 
 RSYSLOG = """\
 module(load="imfile" pollingInterval="1")
-module(load="omprog")
 input(type="imfile" File="INPUT" Tag="app")
-action(type="omprog" template="RSYSLOG_FileFormat"
-       binary="PYTHON PROGRAM publish --url URL --topic logs/rsyslog --source nas")
 """
 
 
@@ -617,8 +585,10 @@ def rsyslog():
         path = target.folder + "/input.log"
         with open(path, "w") as file:
             file.write("first\nlast\n")
-        settings = RSYSLOG.replace("URL", target.url).replace("INPUT", path)
-        settings = settings.replace("PYTHON", sys.executable).replace("PROGRAM", PROGRAM)
+        action = recipe("rsyslog", target.url).replace("/usr/bin/python3", sys.executable)
+        action = action.replace("/opt/aggregator/aggregator.py", PROGRAM)
+        action = action.replace(" publish ", f" publish --url {target.url} ")
+        settings = RSYSLOG.replace("INPUT", path) + action
         settings_path = target.folder + "/rsyslog.conf"
         with open(settings_path, "w") as file:
             file.write(f'global(workDirectory="{target.folder}")\n' + settings)
@@ -669,7 +639,7 @@ route:
 receivers:
   - name: aggregator
     webhook_configs:
-      - url: "URL/events/alerts?id=content&source=alertmanager"
+      - url: "URL"
 """
 
 
@@ -700,7 +670,8 @@ def alertmanager():
     with service() as target:
         settings = target.folder + "/alertmanager.yml"
         with open(settings, "w") as file:
-            file.write(ALERTMANAGER.replace("URL", target.url))
+            path = in_readme("/events/alerts?id=content&source=alertmanager")
+            file.write(ALERTMANAGER.replace("URL", target.url + path))
         command = [program, "--config.file", settings, "--storage.path", target.folder + "/am"]
         command += ["--web.listen-address", f"127.0.0.1:{port}", "--cluster.listen-address="]
         with running("alertmanager", *command, port=port):
