@@ -126,7 +126,7 @@ def bytecode_in_memory() -> str:
 
 
 def become_bytecode() -> None:
-    """Go on as the compiled form of this file, in the same process, if there can be one.
+    """Go on as the compiled form of this file, in the same process, where possible.
 
     Python compiles a script anew at each start, and never gives the memory for it back:
     25 MB for this file. An imported module is compiled once and kept in __pycache__. So
@@ -272,14 +272,15 @@ MAX_SEQUENCE = 2**63 - 1
 # Levels of a payload. JSON readers stop far above it: SQLite at 1,000, Python at about
 # 1,000.
 MAX_NESTING = 100
-# A longer integer is infinite to every reader that keeps numbers as IEEE doubles
-# (RFC 8259 §6).
+# Digits of an integer. Nearly all with more are infinite to a reader that keeps
+# numbers as IEEE doubles (RFC 8259 §6).
 MAX_INT_DIGITS = 308
 # Microseconds of a retention or of a "since". A longer duration is a slip.
 MAX_DURATION_US = 1000 * 366 * 86_400_000_000
-# Values in one text; and more, if that many events may come at once, so many for each.
-# Each becomes an object of up to 100 bytes, while everybody waits: 4 MB of `[],` would
-# be 80 MB and a second. 10,000 events may have 200,000.
+# The most values in one text are the larger of MAX_VALUES and, for each event that
+# the queue may hold, MAX_VALUES_PER_EVENT. Each value becomes an object of up to 100
+# bytes, while everybody waits: 4 MB of `[],` would be 80 MB and a second. 10,000 events
+# may have 200,000.
 MAX_VALUES = 100_000
 MAX_VALUES_PER_EVENT = 20
 # Faults that are looked for and listed in one answer. Whoever sent 10,000 wrong events
@@ -502,7 +503,7 @@ def is_duration(text: str) -> bool:
 def _read_integer(digits: str) -> Union[int, float]:
     """An integer literal to a number.
 
-    An integer that no double can hold becomes infinity, as 1e999 does. `canonical_json`
+    An integer of more than 308 digits becomes infinity, as 1e999 does. `canonical_json`
     refuses infinity, so both are refused in one place. This also keeps `int` from the
     quadratic time that 100,000 digits cost on Pythons before 3.8.14.
 
@@ -950,16 +951,18 @@ def events_from_lines(
 #
 # The words of this part of the file, one for each thing:
 #
-#      batch      what one publisher sent in one request
-#      group      all batches that one commit stores together (§5)
-#      identity   topic and event_id; `key` is its digest of 16 bytes
-#      seq        our number of a stored event: 1, 2, 3 … in the order of arrival
-#      sequence   the producer's own number, which may be missing or come twice
-#      arrival    when an event was committed, by our clock (`processed_at`); its
-#                 `timestamp` is what the publisher says; `first_seen` is the arrival of
-#                 the first event with a key
-#      mark       a seq up to which some work is done
-#      tombstone  what stays of an event that is gone: key, seq, fingerprint, arrival
+#      batch        what one publisher sent in one request
+#      group        all batches that one commit stores together (§5)
+#      identity     topic and event_id; `key` is its digest of 16 bytes
+#      fingerprint  a digest of 8 bytes, which shows that two contents differ
+#      seq          our number of a stored event: 1, 2, 3 … in the order of arrival
+#      sequence     the producer's own number, which may be missing or come twice
+#      arrival      when an event was committed, by our clock (`processed_at`); its
+#                   `timestamp` is what the publisher says; `first_seen` is the arrival
+#                   of the first event with a key
+#      mark         a seq up to which some work is done
+#      tombstone    a row of `seen`: key, seq, fingerprint, arrival. It is written while
+#                   the event still lives, and stays when the event is gone
 #
 # A ladder, each rung with the way it fails:
 #
@@ -1006,21 +1009,21 @@ def events_from_lines(
 # seq are in `seen`. The lowest mark is the watermark: up to there, every key is in
 # `seen`.
 #
-# The same identity may come with another content: another source or payload. That is
-# a conflict. The first content stays, the other one is refused or dropped, and it is
-# noticed even when the first content has been removed, because its fingerprint is in
-# the tombstone.
+# The same identity may come with another content: another source or payload. That is a
+# conflict. The first content stays. The second is not stored, and its publisher is
+# told. That works even when the first content has been removed, because its fingerprint
+# is in the tombstone.
 #
 # The way of a key. An event arrives, and §1 to §5 bring it to a commit. There its key
 # is looked up in recent.ids and in `seen`. It is in neither, so the event goes to the
-# log and its key to recent.ids. Some hundred thousand events later the slice of the key
-# has its turn: the key moves to `seen`, and the mark of the slice moves on. Weeks later
-# retention removes the event from the log. The tombstone stays, so a late retry is a
-# duplicate.
+# log and its key to recent.ids. Several hundred thousand events later the slice of the
+# key has its turn: the key moves to `seen`, and the mark of the slice moves on. Weeks
+# later, if --retention is set, the event leaves the log. The tombstone stays, so a late
+# retry is a duplicate.
 #
 # The arithmetic. A tombstone takes 45 bytes, and 83 of them stand on a page that was
-# filled in random order. A slice brings some 3,000 keys when its turn comes, and writes
-# each page that one of them belongs to.
+# filled in random order. A slice brings about 3,000 keys when its turn comes, and
+# writes each page that one of them belongs to.
 #
 #      ids in `seen`    pages of a slice    keys for each page that is written
 #          1 million             47                 65
@@ -1054,13 +1057,15 @@ def events_from_lines(
 # The GIL convoy. One lock of Python, the GIL, lets one thread run at a time. SQLite
 # works through a statement in steps: a step ends with a row of the result, or at the
 # end. `sqlite3` gives up the GIL for each step and has to take it back afterwards.
-# While the event loop is busy, it gets the lock only when the loop's turn is over:
-# after a "switch interval", 5 ms unless the program says otherwise. So the number of
-# steps counts, not the work of each: `executemany` over 1,000 rows is 1,000 steps, one
-# INSERT with 1,000 rows of VALUES is one, and a SELECT has a step for each row of its
-# result. Measured beside a busy loop, rows a second: executemany 338, VALUES 19,104.
-# Therefore groups are written with many rows to the statement, results come back as one
-# JSON value, and recent.ids is a table: what SQL does with it needs no GIL at all.
+# While the event loop is busy, the writer's thread gets the lock back only after a
+# "switch interval": 5 ms, unless the program says otherwise. All wait in one line
+# behind the slowest, like cars behind a lorry: hence the name. So the number of steps
+# counts, not the work of each: `executemany` over 1,000 rows is 1,000 steps, one INSERT
+# with 1,000 rows of VALUES is one, and a SELECT has a step for each row of its result.
+# Measured beside a thread that computes without a pause, in transactions of 500 rows,
+# rows a second: executemany 338, VALUES 19,104. Therefore groups are written with many
+# rows to the statement, results come back as one JSON value, and recent.ids is a table:
+# what SQL does with it needs no GIL at all.
 #
 # Knows §1. Its SQL uses tables that §3 makes; of the log it knows four columns: seq,
 # key, fingerprint, processed_at. Must not know queues, reading or HTTP.
@@ -1186,8 +1191,8 @@ def fingerprint(source: str, payload: str) -> int:
     """What shows a conflict: 64 bits of source and canonical payload.
 
     Signed, as SQLite's INTEGER is. The timestamp is left out: many publishers make a
-    new one when they try again. The fingerprint stays when the payload is gone, so a
-    conflict is noticed after retention, too.
+    new one when they try again. So is the producer's sequence. The fingerprint stays
+    when the payload is gone, so a conflict is noticed after retention, too.
 
     64 bits are enough here, and were not for the key: one fingerprint is compared with
     one other, and only when the identities are equal. Two contents look the same with a
@@ -1216,7 +1221,7 @@ def decide(
     """Which records are new, and which repeat something.
 
     The second of two equal records in one group is a repeat of the first. New records
-    get the seqs after `last_seq`, in order; the log is appended in exactly this order.
+    get the seqs after `last_seq`, in order, and the log stores each under its seq.
     `known` is what `DedupIndex.look_up` found for these records. It is a pure function:
     no clock, no database, and it changes none of its arguments.
 
@@ -1338,6 +1343,8 @@ class DedupIndex:
         # What `reload` reads: keys in recent.ids, and the slice to merge next.
         self.recent_count = 0
         self.next_slice = 0
+        # Attached, so that it takes part in the transactions of the file: a rollback
+        # takes the keys out again.
         db.execute("ATTACH ':memory:' AS recent")
         db.execute("CREATE TABLE recent.ids" + KEYS_TABLE)
 
@@ -1351,10 +1358,11 @@ class DedupIndex:
         keys = sorted({record.key for record in records})
         known: Dict[bytes, Known] = {}
         for chunk in chunks(keys, columns=1):
-            # SQLite never swaps the two sides of a CROSS JOIN. So it takes each wanted
-            # key and looks it up. For a plain JOIN it might think it cheaper to scan
-            # millions of keys for a few wanted ones. One JSON value comes back instead
-            # of a row for each key: one wait for the GIL.
+            # It finds what `WHERE key IN (…)` would find, in both tables. SQLite never
+            # swaps the two sides of a CROSS JOIN, so it takes each wanted key and looks
+            # it up. For a plain JOIN it might think it cheaper to scan millions of keys
+            # for a few wanted ones. One JSON value comes back instead of a row for each
+            # key: one wait for the GIL.
             found = query_value(
                 self._db,
                 f"""
@@ -1371,7 +1379,7 @@ class DedupIndex:
                 chunk,
             )
             # The key of a removed event may stand in both tables. Both say the same of
-            # it, but for the place: `seen` comes second here, so it is what is shown.
+            # it, except for the place: `seen` comes second, so it is what is shown.
             for key, *what in json.loads(found):
                 known[bytes.fromhex(key)] = Known(*what)
         return known
@@ -1379,9 +1387,9 @@ class DedupIndex:
     def learn(self, after_seq: int) -> None:
         """Take the keys of all events after `after_seq` into recent.ids.
 
-        To be called once for a group, after its new events are in the log. If the
-        transaction is rolled back, SQLite takes the keys out again; `recent_count` is
-        then wrong, and `reload` reads it back.
+        To be called once for a group, after its new events are in the log; `after_seq`
+        is the last seq before them. If the transaction is rolled back, SQLite takes the
+        keys out again; `recent_count` is then wrong, and `reload` reads it back.
         """
         # Read back from the log instead of bound from Python: one statement, one wait
         # for the GIL. In key order, because neighbours in recent.ids share a page.
@@ -1398,25 +1406,25 @@ class DedupIndex:
         self.recent_count += cursor.rowcount
 
     def merge_due_slices(
-        self, arrived: int, last_seq: int, forget_before: Optional[ForgetBefore] = None
+        self, new_events: int, last_seq: int, forget_before: Optional[ForgetBefore] = None
     ) -> None:
         """Move the slices that have waited longest from recent.ids to `seen`.
 
         Why this never falls behind. Hashing spreads keys evenly over 256 slices, so
         with 393,216 recent keys a slice holds 1,536 on average: none just after its
-        move, and about 3,072 when its turn comes again. So a move is needed once for
-        3,072 arrivals. Two are allowed for as many, and one more with each commit. A
-        move is made only while recent.ids is over its limit, so in the long run as much
-        goes out as comes in.
+        move, and about 3,072 when its turn comes again. So one move, of any slice, is
+        needed for every 3,072 new events. The formula allows two for that number, and
+        one more with each commit. A move is made only while recent.ids is over its
+        limit, so in the long run as much goes out as comes in.
 
         Tombstones expire here, too, because the pages of the slice are written anyway.
         So none expires in a store that never had more than 393,216 events, however old.
         """
-        moves = 1 + arrived * self._slices // self._most_recent
+        moves = 1 + new_events * self._slices // self._most_recent
         while moves and self.recent_count > self._most_recent:
-            # Before the move: the keys that come with it are the newest of the slice,
-            # and need not be looked at. An old key that is in recent.ids as well comes
-            # back with the move, and expires when the slice has its next turn.
+            # Expire first: the keys that the move brings are the newest of the slice
+            # and need no look. If a key that expires is in recent.ids, too, the move
+            # writes it back, and it expires when the slice has its next turn.
             if forget_before is not None:
                 self._expire(self.next_slice, forget_before)
             self._move_slice(self.next_slice, last_seq)
@@ -1426,13 +1434,15 @@ class DedupIndex:
     def _move_slice(self, slice_number: int, last_seq: int) -> None:
         """Write the keys of one slice to `seen`, and its mark to `progress`.
 
-        The mark may be the last seq there is, although most events belong to other
-        slices. It only speaks of this slice: `learn` has run, so all its keys were in
-        recent.ids, and all of them have just been moved. Between the insert and the
-        delete a key is in both tables; nobody sees that, because it is one transaction.
+        The mark is the last seq there is, although most events belong to other slices.
+        That is right, because it speaks of this slice only. `learn` has run, so all
+        keys of the slice were in recent.ids, and all of them have just been moved.
+        Between the insert and the delete a key is in both tables; nobody sees that,
+        because it is one transaction.
 
-        Keys that `entomb` has put into `seen` before are met again here. DO NOTHING
-        keeps the first, which says the same.
+        The insert is in key order: SQLite reads the span along the primary key. Keys
+        that `make_tombstones` has put into `seen` before are met again here. DO NOTHING
+        keeps the first, which says the same; OR ROLLBACK is for any other failure.
         """
         span = self._span(slice_number)
         self._db.execute(
@@ -1477,7 +1487,7 @@ class DedupIndex:
             {**self._span(slice_number), **forget_before._asdict()},
         )
 
-    def entomb(self, seqs: str) -> None:
+    def make_tombstones(self, seqs: str) -> None:
         """Make the tombstones of events that are about to be removed.
 
         `seqs` is a JSON list. Most keys are in `seen` already; the others would be lost
@@ -1715,7 +1725,7 @@ WAL_WARN_BYTES = 256 * 1024 * 1024
 # payloads are bound one at a time: the statement for one row keeps one.
 LONG_PAYLOAD = 1024
 # Rows that one step of retention removes; about 10 ms. A commit that comes meanwhile
-# waits for so long.
+# waits as long.
 TRIM_ROWS = 500
 # Topics over their limit that one step of retention looks at; a query for each.
 TRIM_TOPICS = 100
@@ -1732,7 +1742,7 @@ DELAY_BOUNDS_S = (1, 10, 60, 120, 300, 600, 3600, 21_600, 86_400, 604_800, 2_592
 # are looked at every second, and a clock that NTP corrects gradually differs by far
 # less in a second.
 CLOCK_JUMP_US = 2_000_000
-# Retention waits for so long after a start, and after a jump, before it believes the
+# How long retention waits after a start, and after a jump, before it believes the
 # wall clock: NTP sets a clock within minutes of the network.
 CLOCK_SETTLES_US = 600_000_000
 # Events that one step of retention looks at besides the oldest; some milliseconds.
@@ -1784,7 +1794,7 @@ class StoreSettings(NamedTuple):
     checkpoint_pages: int = CHECKPOINT_PAGES
     wal_warn_bytes: int = WAL_WARN_BYTES
     clock_settles_us: int = CLOCK_SETTLES_US
-    # Another program may hold SQLite's lock for so long.
+    # The longest that another program may hold SQLite's lock.
     lock_timeout_s: float = 5.0
 
 
@@ -2209,12 +2219,12 @@ def file_identity(path: str) -> Optional[FileIdentity]:
 class WatchedFile:
     """A file of the store, which has to stay the one file of its name.
 
-    To ask for its identity also asks for its times. From Linux 6.13 on, a file whose
-    times somebody asked for writes them to the disk with its next change. The WAL
-    changes with every commit, and each would take 60 µs longer. So a file that
-    `changes_often` is asked for its name instead, through a descriptor that can neither
-    read nor lock (open(2), O_PATH): the name is another one once the file is moved, and
-    ends in " (deleted)" once it is gone.
+    `stat` tells which file it is, and it also reads the times of the file. From Linux
+    6.13 on, a file whose times were read writes them to the disk with its next change.
+    The WAL changes with every commit, and each commit would take 60 µs longer. So a
+    file that `changes_often` is asked for its name instead, through a descriptor that
+    can neither read nor lock (open(2), O_PATH): the name is another one once the file
+    is moved, and ends in " (deleted)" once it is gone.
     """
 
     def __init__(self, path: str, changes_often: bool = False) -> None:
@@ -2254,8 +2264,9 @@ def transaction(db: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Itera
     it and also keeps the writer's variables right.
 
     IMMEDIATE takes the write lock at once, so nothing can change between a look and an
-    insert. DEFERRED would take it at the first insert, which is too late for a decision
-    that was made before. Errors of SQLite become StoreFailed.
+    insert. DEFERRED would take it at the first insert. If somebody else had written
+    since our look, SQLite would refuse that insert, and the whole commit would fail.
+    Errors of SQLite become StoreFailed.
 
     BaseException, because a cancelled or interrupted block must not leave a transaction
     open: the next BEGIN would fail, and so would every commit after it.
@@ -2296,9 +2307,9 @@ def snapshot(db: sqlite3.Connection) -> Iterator[None]:
 class Store:
     """The writer, and the owner of the file at `path`.
 
-    The constructor raises StoreError if the file cannot be used. Everything else raises
-    StoreFailed and leaves the store as it was. `clock_us` is a monotonic clock in
-    microseconds; the wall clock comes with each call, as `now_us`.
+    The constructor raises StoreError if the file cannot be used. A transaction that
+    fails raises StoreFailed and leaves the store as it was. `clock_us` is a monotonic
+    clock in microseconds; the wall clock comes with each call, as `now_us`.
 
     `last_seq`, `index.recent_count` and a few more variables repeat what the file says,
     because asking it would cost each commit some statements. They change while a
@@ -2480,15 +2491,16 @@ class Store:
 
         While the block runs, the variables say what the file will say after COMMIT. If
         the block, or COMMIT itself, fails, they are wrong: `_stale` stays True, and the
-        next transaction reads them anew. Not at once, because right after an I/O error
-        the file may not be readable either.
+        next transaction reads them anew. They are not read at once, because right after
+        an I/O error the file may not be readable either.
         """
         with transaction(self.db):
             self._refresh()
-            # Only a COMMIT that succeeded takes this back.
+            # It is assumed to fail until COMMIT has succeeded.
             self._stale = True
             yield
-            # Whatever is written, it must go to the files that we own.
+            # Last, right before COMMIT: if a file is gone, all is rolled back, and
+            # nobody is told that an event is stored there.
             self._check_files()
         self._stale = False
 
@@ -2511,9 +2523,9 @@ class Store:
     def commit(self, records: Sequence[Record], now_us: int) -> Decision:
         """Decide, store and count a group: one transaction.
 
-        `now_us` is the time of the commit, in microseconds since 1970 UTC; it becomes
-        the arrival of what is new. Raises StoreFailed; then nothing of the group is
-        stored or counted.
+        `now_us` is the time just before the commit, in microseconds since 1970 UTC; it
+        becomes the arrival of what is new. Raises StoreFailed; then nothing of the
+        group is stored or counted.
 
         The first four steps (look up, decide, append, learn) are the whole of
         deduplication. They are safe together because nothing else can write between
@@ -2521,9 +2533,10 @@ class Store:
         keys back from the log. The books change in the same transaction, so after any
         crash they say what is there.
 
-        It returns after COMMIT, that is, when the group is on the disk (`full_sync`).
-        Housekeeping comes last, inside the transaction. The arrivals are noted after
-        it: a mark for seqs that were rolled back would later speak of other events.
+        It returns after COMMIT: then the group is on the disk, unless the setting
+        `full_sync` is off. Housekeeping comes last, inside the transaction.
+        `_note_arrivals` runs after COMMIT: if the commit failed, the age limits would
+        hold a time for seqs that other events get later.
         """
         now = Moment(now_us, self._monotonic_us())
         with self._transaction():
@@ -2533,7 +2546,7 @@ class Store:
             self.index.learn(after_seq=decision.first_seq - 1)
             self._count(records, decision)
 
-            self._keep_house(now, arrived=len(decision.fresh))
+            self._keep_house(now, new_events=len(decision.fresh))
         self._note_arrivals(now)
         return decision
 
@@ -2598,13 +2611,13 @@ class Store:
                 known.update(keys_learned(decision))
                 last_seq += len(decision.fresh)
                 decisions.append(decision)
-            arrived = last_seq - self.last_seq
+            new_events = last_seq - self.last_seq
             self._append(*decisions)
-            self.index.learn(after_seq=last_seq - arrived)
+            self.index.learn(after_seq=last_seq - new_events)
             for group, decision in zip(groups, decisions):
                 self._count(group.records, decision)
             self._write_mark(mark)
-            self._keep_house(now, arrived)
+            self._keep_house(now, new_events)
         self._note_arrivals(now)
         return decisions
 
@@ -2628,39 +2641,39 @@ class Store:
                 list(itertools.chain.from_iterable(chunk)),
             )
 
-    def _keep_house(self, now: Moment, arrived: int) -> None:
+    def _keep_house(self, now: Moment, new_events: int) -> None:
         """What keeps every later commit as cheap as this one.
 
         In the long run each step does as much work as has arrived. A single commit may
-        pay for some thousand events at once: it moves a slice, or sorts 4,096 events
-        into the tables for reading. That lasts some ten milliseconds, and a job in the
-        night would last an hour.
+        pay for several thousand events at once: it moves a slice, or sorts 4,096 events
+        into the sorted tables. That lasts tens of milliseconds. To do all of it once a
+        night instead would last an hour.
 
-        The clocks come first, because the merge and retention both ask what is old. The
-        check of the files comes last, right before COMMIT: if it fails, all of it is
-        rolled back, and nobody is told that an event is stored in a file that is gone.
+        The clocks come first, because the merge and retention both ask what is old.
         """
         self._look_at_clocks(now)
-        self.index.merge_due_slices(arrived, self.last_seq, self._forget_before())
-        self._feed_reading_orders(at_least=self._settings.list_rows)
-        self._apply_retention(now, at_most=2 * arrived)
+        self.index.merge_due_slices(new_events, self.last_seq, self._forget_before())
+        self._feed_sorted_tables(at_least=self._settings.list_rows)
+        self._apply_retention(now, at_most=2 * new_events)
 
     def _append(self, *decisions: Decision) -> None:
         """Write the new records to the end of the log, each with its seq.
 
-        The seqs are given by us, not by SQLite, because `decide` has already told the
-        repeats of this group what seq their first one gets.
+        We give the seqs, not SQLite, because they are known already: a repeat in this
+        group carries the seq of its first. The numbers of producers (`sequence`) are
+        tracked here, too.
 
         `last_seq` moves before COMMIT; if that fails, it is read back (`_transaction`).
         If a row is refused, say by a full disk, nothing of the group stays.
         """
         # A row is the seq, the arrival, and the fields of the record, in their order:
-        # what `_LOG_COLUMNS`, further down, names.
+        # what `_LOG_COLUMNS`, after this class, names.
         short_rows: List[Tuple[Any, ...]] = []
         for decision in decisions:
             for seq, record in enumerate(decision.fresh, decision.first_seq):
                 row = (seq, decision.arrived_us, *record)
                 if len(record.payload) > LONG_PAYLOAD:
+                    # Alone, so that only one prepared statement keeps it.
                     self._append_rows([row])
                 else:
                     short_rows.append(row)
@@ -2668,7 +2681,8 @@ class Store:
             self._append_rows(chunk)
         for decision in decisions:
             self.last_seq += len(decision.fresh)
-            # Group by group: which numbers are missing depends on the grouping.
+            # Group by group, as a single node would have done it: a source that is
+            # new begins with the lowest number of its first group.
             numbered = [record for record in decision.fresh if record.sequence is not None]
             if numbered:
                 self._track_sequences(numbered)
@@ -2687,7 +2701,8 @@ class Store:
         """Add a group to the books: totals, topics, sources, delays of duplicates.
 
         `Books` adds up what the group changes. One statement writes it: a row is made
-        if it is not there, and else the numbers are added to it (SQLite, "UPSERT").
+        if it is not there, and else the numbers are added to it (SQLite, "UPSERT";
+        `excluded` is the row that was to be made).
 
         Every topic of the group is remembered for the limit by number. Whether one of
         them really holds too many, `_surplus_seqs` finds out.
@@ -2766,7 +2781,7 @@ class Store:
             accounts[source] = SequenceAccount(newest, given_up, missing)
         return accounts
 
-    def _feed_reading_orders(self, at_least: int) -> None:
+    def _feed_sorted_tables(self, at_least: int) -> None:
         """Enter the end of the log into `listing` and `by_time`, sorted.
 
         Sorted, a few thousand rows touch each page of these tables once. One by one,
@@ -2822,12 +2837,12 @@ class Store:
     # never outruns retention; `tidy` does the rest in steps.
 
     def tidy(self, now_us: int) -> bool:
-        """One step of retention in a transaction of its own. True if more may be to do.
+        """One step of retention in a transaction of its own. True if there may be more.
 
         It looks first, by reading, and begins to write only if something has to go: a
         service without work writes nothing. Raises StoreFailed.
 
-        "May be to do" means: this step removed something, or found a topic to be within
+        That means: this step removed something, or found a topic to be within
         its limit. The caller asks again until neither happens.
         """
         now = Moment(now_us, self._monotonic_us())
@@ -2863,12 +2878,11 @@ class Store:
         return self._dedup_retention.reached()
 
     def _apply_retention(self, now: Moment, at_most: int) -> int:
-        """Remove up to `at_most` events that retention has done with; how many it was.
+        """Remove up to `at_most` events that are due; returns how many it was.
 
         Expire by age first; the limit per topic applies to the rest. `at_most` is twice
-        what has just arrived, so a store that holds
-        too much shrinks, and no commit takes long. A commit without anything new
-        removes nothing.
+        what has just arrived, so a store that holds too much shrinks, and no commit
+        takes long. A commit without anything new removes nothing.
         """
         if not at_most:
             return 0
@@ -2963,7 +2977,7 @@ class Store:
                 room -= surplus[topic]
         if surplus:
             # The listing knows what is oldest, so it has to be complete.
-            self._feed_reading_orders(at_least=1)
+            self._feed_sorted_tables(at_least=1)
         seqs: List[int] = []
         for topic, count in surplus.items():
             seqs += self._oldest_of_topic(topic, count)
@@ -2990,7 +3004,7 @@ class Store:
         return found
 
     def _remove(self, seqs: Sequence[int]) -> int:
-        """Take events out of the log, the reading orders, and the books.
+        """Take events out of the log, the sorted tables, and the books.
 
         First the tombstones, while the log still has the keys. The log goes last,
         because the statements before it read from it what they have to delete. It runs
@@ -3002,7 +3016,7 @@ class Store:
         if not seqs:
             return 0
         gone = json.dumps(sorted(seqs))
-        self.index.entomb(gone)
+        self.index.make_tombstones(gone)
         self.db.execute(
             """
             INSERT OR ROLLBACK INTO stats(kind, name, uniques, duplicates, conflicts, removed)
@@ -3071,13 +3085,13 @@ class Store:
     def begin_erasing(self, topic: str, prefix: bool, until_us: Optional[int]) -> "Erasure":
         """Plan to erase events of a topic, or of all topics that begin so.
 
-        `until_us` spares events of that instant and later. Events that are
-        stored after this call are spared, too, or a busy topic would keep the work from
-        ending. Raises StoreFailed.
+        `until_us` spares events of that instant and later. Events that are stored after
+        this call are spared, too, or a busy topic would keep the work from ending.
+        Raises StoreFailed.
         """
         # The listing knows the events of a topic, so it has to be complete.
         with self._transaction():
-            self._feed_reading_orders(at_least=1)
+            self._feed_sorted_tables(at_least=1)
         last = last_topic_of(topic) if prefix else topic
         return Erasure(topic, last, until_us, self.last_seq)
 
@@ -3178,7 +3192,7 @@ class Store:
             self.db.execute(
                 "INSERT OR REPLACE INTO progress VALUES('probe', zeroblob(:size))", {"size": size}
             )
-            self._keep_house(now, arrived=1)
+            self._keep_house(now, new_events=1)
         with self._transaction():
             self.db.execute("DELETE FROM progress WHERE part = 'probe'")
 
@@ -3200,7 +3214,8 @@ class Store:
 
         A commit writes the WAL back to the file now and then, and SQLite tells nobody
         when that fails. So when the WAL has grown, it is tried once more, to learn why.
-        Raises StoreFailed if the file cannot be written.
+        Raises StoreFailed if the file cannot be written, and OSError if the WAL is
+        gone.
         """
         wal_bytes = os.stat(self.path + "-wal").st_size
         if wal_bytes <= self._settings.wal_warn_bytes:
@@ -3779,7 +3794,7 @@ PAGE_DEFAULT = 100
 # answer takes a bounded part of the memory however large the events are.
 PAGE_MAX_BYTES = 8 * 1024 * 1024
 # Rows that a filter without an index looks at for one page; about 50 ms. There is one
-# thread for pages, so others wait for so long.
+# thread for pages, so others wait as long.
 PAGE_MAX_SCAN = 50_000
 # The same for a filter that has to read payloads. Nobody knows how long they are: so it
 # begins with fewer, and then reads as many as it can in the time below.
@@ -4017,7 +4032,7 @@ class Reader:
         where = _conditions_of_order(query)
         order = "timestamp DESC, seq DESC" if query.descending else "timestamp, seq"
         one_topic = query.topic is not None and not query.prefix
-        # The orders to read by, and the end of the log that they do not have yet.
+        # The sorted tables, and the end of the log that they do not have yet.
         # Both halves come sorted or are short, so SQLite merges them without reading
         # all.
         in_order = f"""
@@ -4619,7 +4634,8 @@ DAY_S = 86_400.0
 DISK_WARN_DAYS = 7.0
 DISK_WARN_BYTES = 256 * 1024 * 1024
 DISK_WARN_SHARE = 0.05
-# Whoever erases waits for readers of the store so often and so long: 2 s and more.
+# Whoever erases tries so often to empty the WAL while somebody reads, with pauses of
+# so many seconds: about 3 s in all.
 SCRUB_ATTEMPTS = 20
 SCRUB_PAUSE_S = 0.05
 # Upper bounds of the histograms of commits: by duration in seconds, and by events.
@@ -4751,7 +4767,7 @@ class Share(NamedTuple):
 
 
 def shares_of(decision: Decision, sizes: Sequence[int]) -> List[Share]:
-    """Split the decision on a group among its batches of so many events each.
+    """Split the decision on a group among its batches, whose `sizes` are in events.
 
     The store knows nothing of batches: it gets the events of all of them in a row. New
     events have consecutive seqs through the whole group, so a batch's first seq follows
@@ -5596,8 +5612,8 @@ def _log_group(records: Sequence[Record], decision: Decision) -> None:
 # §6  HTTP/1.1: bytes in, `Request` out; `Response` in, bytes out. No I/O
 #
 # The parser is fed what the network brings, in pieces of any size. Asked for a request,
-# it gives one of three answers: a whole `Request`, None ("more bytes are needed", or, if
-# `is_busy`, "ask again"), or HTTPError. It never waits, reads or writes; that is the
+# it gives one of three answers: a whole `Request`, None ("more bytes are needed", or,
+# if `is_busy`, "ask again"), or HTTPError. It never waits, reads or writes; that is the
 # server's work.
 #
 # Inside, the parser is a generator, because a generator can stop in the middle of a
