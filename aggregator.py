@@ -117,11 +117,15 @@ def bytecode_in_memory() -> str:
     # No flags, no time, no size: nobody compares a script with its source.
     data = importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
     number = os.memfd_create("aggregator.py", 0)
-    with open(number, "wb", closefd=False) as file:
-        file.write(data)
     name = OWN_DESCRIPTORS + str(number)
-    # Without /proc, whoever becomes it finds nothing.
-    os.stat(name)
+    try:
+        with open(number, "wb", closefd=False) as file:
+            file.write(data)
+        # Without /proc, whoever becomes it finds nothing.
+        os.stat(name)
+    except OSError:
+        os.close(number)
+        raise
     return name
 
 
@@ -134,22 +138,26 @@ def become_bytecode() -> None:
     that instead. Where nothing can be kept, or Python was told to keep nothing, the
     compiled form goes to a file in memory, as far as the system has such files.
     """
-    if __file__.startswith(OWN_DESCRIPTORS):
+    if __file__.startswith(OWN_DESCRIPTORS) and "source" in sys._xoptions:
         # It has been read. When it is open no more, its memory is free.
         os.close(int(__file__[len(OWN_DESCRIPTORS) :]))
-        sys.path[0] = os.path.dirname(program_path())
+        if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+            sys.path[0] = os.path.dirname(program_path())
     if os.name != "posix" or not hasattr(sys, "orig_argv") or not sys.executable:
         return
     is_script = __spec__ is None and sys._getframe(1).f_back is None
     if not is_script or not __file__.endswith(".py"):
         # It runs as a module, or inside another program, or it is compiled already.
         return
-    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
     # Python ignores it. `ps` and `pgrep -f` show it.
-    options += ["-X", "source=" + os.path.abspath(__file__)]
+    options = ["-X", "source=" + os.path.abspath(__file__)]
+    options += sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
     forms = [kept_bytecode, bytecode_in_memory]
     if sys.dont_write_bytecode:
         forms.remove(kept_bytecode)
+    if "-x" in options:
+        # Python would skip the first line of what has no name in .pyc.
+        forms.remove(bytecode_in_memory)
     for form in forms:
         try:
             os.execv(sys.executable, [sys.executable, *options, form(), *sys.argv[1:]])
@@ -2224,7 +2232,8 @@ class WatchedFile:
     The WAL changes with every commit, and each commit would take 60 µs longer. So a
     file that `changes_often` is asked for its name instead, through a descriptor that
     can neither read nor lock (open(2), O_PATH): the name is another one once the file
-    is moved, and ends in " (deleted)" once it is gone.
+    is moved, and ends in " (deleted)" once it is gone. A second name is not noticed
+    this way; that of a WAL harms nobody.
     """
 
     def __init__(self, path: str, changes_often: bool = False) -> None:
@@ -2247,7 +2256,11 @@ class WatchedFile:
         """Whether the name still stands for the same file."""
         if self._descriptor is None:
             return file_identity(self.path) == self._identity
-        return self._name_now() == self._name
+        try:
+            return self._name_now() == self._name
+        except OSError:
+            # /proc went away.
+            return file_identity(self.path) == self._identity
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -5297,7 +5310,7 @@ class Pipeline:
                     pass
                 await self._scrub()
             except Exception as error:
-                log.error("RETENTION FAILED - will try again: %s", error)
+                log.error("HOUSEKEEPING FAILED - will try again: %s", error)
             await self._watch_checkpoints()
             await self._watch_disk()
 
@@ -13045,6 +13058,8 @@ READ_AHEAD_BYTES = 1024 * 1024
 # may be large.
 PUBLISH_EVENTS = 2000
 RELAY_EVENTS = 500
+# Bytes of a body that goes to this machine as it is.
+PLAIN_BODY_BYTES = 1_000_000
 # Seconds. The first pause between attempts is random below the first; the bound doubles
 # with each attempt up to the second ("full jitter": clients do not come back together).
 BACKOFF_S = 0.1
@@ -13180,6 +13195,15 @@ def is_loopback(host: str) -> bool:
     return re.fullmatch(r"127(?:\.[0-9]{1,3}){3}", host) is not None
 
 
+def token_in_file(path: str) -> str:
+    """The first bearer token in a file. Raises OSError and ValueError."""
+    with open(path, encoding="ascii") as file:
+        tokens = file.read().split()
+    if not tokens:
+        raise ValueError("holds no token")
+    return tokens[0]
+
+
 class _Backoff:
     """Pauses between attempts: random below a bound that doubles (full jitter)."""
 
@@ -13205,7 +13229,8 @@ class Remote:
     """A service seen over one connection, made anew whenever it breaks.
 
     For one thread at a time. `waits` is told what it waits for, and "" once that is
-    over. After `patience_s` seconds without success a ClientError is raised.
+    over. After `patience_s` seconds without success a ClientError is raised. A token in
+    a file is read for each request, so it can be replaced while a follower runs.
     """
 
     def __init__(
@@ -13216,6 +13241,7 @@ class Remote:
         patience_s: float = float("inf"),
         timeout_s: float = ANSWER_TIMEOUT_S,
         limits: ClientLimits = ClientLimits(),
+        token_file: str = "",
     ) -> None:
         import http.client
 
@@ -13229,6 +13255,7 @@ class Remote:
         self._fields: Dict[str, str] = {}
         if token:
             self._fields["Authorization"] = "Bearer " + token
+        self._token_file = token_file
         self._patience_s = patience_s
         self.limits = limits
         self.waits = waits
@@ -13264,6 +13291,11 @@ class Remote:
         """One question and its answer. Raises _Passing for what may be asked again."""
         import http.client
 
+        if self._token_file:
+            try:
+                fields["Authorization"] = "Bearer " + token_in_file(self._token_file)
+            except (OSError, ValueError) as error:
+                raise _Passing(f"{self._token_file}: {getattr(error, 'strerror', None) or error}")
         while True:
             was_open = self._connection.sock is not None
             try:
@@ -13380,10 +13412,14 @@ def deliver(remote: Remote, events: Sequence[bytes]) -> Outcome:
 
 
 def _post_events(remote: Remote, events: Sequence[bytes]) -> Reply:
-    """Send events as one request, as NDJSON; in gzip, if they leave this machine."""
+    """Send events as one request, as NDJSON; in gzip, if they leave this machine.
+
+    Large ones always are: a proxy on this machine may refuse a body of more than 1 MB,
+    which is nginx's limit unless it is told another.
+    """
     body = b"\n".join(events)
     fields = [("Content-Type", "application/x-ndjson")]
-    if not remote.is_here:
+    if not remote.is_here or len(body) > PLAIN_BODY_BYTES:
         squeeze = zlib.compressobj(1, zlib.DEFLATED, 31)
         body = squeeze.compress(body) + squeeze.flush()
         fields.append(("Content-Encoding", "gzip"))
@@ -14311,6 +14347,19 @@ def files_of_log(path: str) -> List[_Entry]:
     return entries
 
 
+def open_entry(entry: _Entry) -> LogBytes:
+    """Open the file that was listed. Raises OSError.
+
+    If its name is another file's by now, that is FileNotFoundError: the next listing
+    has it under its new name.
+    """
+    opened = LogBytes(entry.path)
+    if opened.inode != entry.status.st_ino:
+        opened.close()
+        raise FileNotFoundError(errno.ENOENT, "was renamed", entry.path)
+    return opened
+
+
 class LogFile:
     """One file of a log, and how far it is read.
 
@@ -14451,6 +14500,8 @@ class Log:
         self._place_mark: Optional[Mark] = None
         if marks:
             self._place_mark = marks[-1]
+        # Files that were truncated, and what is to be said of them.
+        self._missing: List[Tuple[LogFile, str]] = []
         # Files that were found and could not be opened: why, by path.
         self._unopened: Dict[str, str] = {}
 
@@ -14470,13 +14521,27 @@ class Log:
                     self._begin_with_marks()
                 entries = self._entries()
                 claimed = self._take_stock(entries)
-                self._is_settled = is_same_listing(entries, self._entries())
+                try:
+                    self._is_settled = is_same_listing(entries, self._entries())
+                except OSError:
+                    # What was found is kept, and the next look tries again.
+                    self._is_settled = False
+                    break
                 if self._is_settled:
                     self._forget_gone(entries)
                     break
             if self._is_starting:
                 self._tell_the_start(entries, claimed)
             self._is_starting = False
+            if self._is_settled:
+                self._tell_what_is_missing()
+
+    def _tell_what_is_missing(self) -> None:
+        """Say what was truncated unread, unless its copy was found after all."""
+        for file, text in self._missing:
+            if file.bytes is None:
+                _tell(text)
+        self._missing = []
 
     def _begin_with_marks(self) -> None:
         """At first there are the files of the marks, all closed."""
@@ -14487,8 +14552,10 @@ class Log:
         self.failures = []
 
     def trouble(self) -> str:
-        """What could not be opened, "" if nothing."""
+        """What could not be opened, or that there is nothing yet; else ""."""
         with self._lock:
+            if not self._files and not self._unopened:
+                return f"{self.path} is not there yet"
             return "; ".join(self._unopened.values())
 
     def _is_unchanged(self) -> bool:
@@ -14540,7 +14607,7 @@ class Log:
         """The files of the log, or its present one alone. Raises OSError."""
         entries: List[_Entry] = []
         if not self._is_alone:
-            entries = files_of_log(self.path)
+            entries = list_log(self.path)
         elif os.path.exists(self.path):
             entries.append(_Entry(self.path, os.stat(self.path)))
         return entries
@@ -14572,11 +14639,13 @@ class Log:
 
     def _reopen_as(self, file: LogFile, entry: _Entry) -> bool:
         """Whether a closed file is this one. It is opened if there is more to read."""
-        opened = LogBytes(entry.path)
+        opened = open_entry(entry)
         is_same = holds_place(opened, file.mark)
         if opened.is_gzip or file.mark.done:
-            # A .gz does not grow; inflating all of it would only confirm the inode.
-            is_same = has_head(opened, file.mark)
+            # A .gz does not grow; inflating all of it would only confirm the inode. If
+            # nothing was in it, it has no first bytes.
+            is_empty = file.mark.head_size == 0 and not opened.at(0, 1)
+            is_same = is_empty or has_head(opened, file.mark)
         if not is_same:
             opened.close()
             return False
@@ -14600,7 +14669,7 @@ class Log:
 
         `claimed` are the numbers of the files that were found in this look.
         """
-        opened = LogBytes(entry.path)
+        opened = open_entry(entry)
         owner = None
         # A new file under the present name is just that, but for a first look: then it
         # may be a log that was moved to another disk.
@@ -14687,7 +14756,7 @@ class Log:
             if entry.path == self.path or self._is_open(entry):
                 continue
             with contextlib.suppress(OSError):
-                copy = LogBytes(entry.path)
+                copy = open_entry(entry)
                 if holds_place(copy, file.mark) and file.mark.head_size > 0:
                     file.open(copy, entry.path)
                     return
@@ -14695,10 +14764,11 @@ class Log:
         file.close()
         file.mark = file.mark._replace(inode=0)
         if unread > 0:
-            _tell(
+            text = (
                 f"{self.path} was truncated, and there is no copy: it was read up to byte"
                 f" {file.mark.offset:,}, and {unread:,} bytes that were seen behind are missing"
             )
+            self._missing.append((file, text))
 
     def _is_open(self, entry: _Entry) -> bool:
         """Whether this is a file that we hold open."""
@@ -14918,7 +14988,7 @@ class Log:
             if self._is_open(entry):
                 continue
             try:
-                opened = LogBytes(entry.path)
+                opened = open_entry(entry)
                 is_same = holds_place(opened, file.mark)
             except FileNotFoundError:
                 # Renamed meanwhile: the next listing has it.
@@ -14974,6 +15044,7 @@ class PublishSettings(NamedTuple):
     files: Tuple[str, ...] = ()  # none, or "-": standard input
     url: Any = None  # of parse_address
     token: str = ""
+    token_file: str = ""
     state: str = ""
     topic: str = ""  # "": lines are events as JSON
     source: str = ""  # "": the name of this host
@@ -15011,6 +15082,7 @@ def publish(settings: PublishSettings) -> int:
         report.waits,
         patience_s=_patience_s(settings.timeout_us),
         limits=settings.limits,
+        token_file=settings.token_file,
     )
     status = carry(source, remote, report, PUBLISH_EVENTS, settings.follow)
     for failure in failures:
@@ -17677,6 +17749,17 @@ def read_token_file(path: str) -> Tuple[str, ...]:
         raise ValueError(f"names {path}: each token in it {error}")
 
 
+def read_client_token_file(path: str) -> str:
+    """The name of a file whose first word is a client's bearer token."""
+    try:
+        read_token(token_in_file(path))
+    except OSError as error:
+        raise ValueError(f"names {path}, which cannot be read: {error.strerror}")
+    except ValueError as error:
+        raise ValueError(f"names {path}: the token in it {error}")
+    return path
+
+
 def read_webhook_secrets(text: str) -> Dict[str, Tuple[str, ...]]:
     """`topic=secret`, several separated by blanks; a topic may have several secrets.
 
@@ -17991,6 +18074,12 @@ PUBLISH_SETTINGS = (
     Setting("FILE", str, "what to read; - or nothing for standard input", goes_to="files"),
     URL_SETTING,
     TOKEN_SETTING,
+    Setting(
+        "--token-file",
+        read_client_token_file,
+        "a file that holds the token instead; it is read for each request",
+        variable="AUTH_TOKEN_FILE",
+    ),
     STATE_SETTING,
     Setting("--topic", read_name, "lines are text; the topic of the events made of them"),
     Setting(
@@ -18838,6 +18927,11 @@ async def serve(settings: Settings, stop: StopRequest, limits: StopLimits) -> in
     log.info("LISTENING - %s, store %s, %s", urls, os.path.realpath(settings.db), versions())
     for sentence in weaker_promises():
         log.warning("NOT PROMISED HERE - %s", sentence)
+    if settings.retention:
+        kept_s = settings.retention / 1_000_000
+        log.info(
+            "RETENTION - an event goes %.0f s (%.1f days) after its arrival", kept_s, kept_s / DAY_S
+        )
     notify("READY=1")
     watchdog = asyncio.get_running_loop().create_task(feed_watchdog())
 

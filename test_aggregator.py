@@ -32,6 +32,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -8586,6 +8587,19 @@ def test_no_commit_asks_for_the_times_of_the_wal(store, monkeypatch):
     assert sorted(asked) == sorted([store.path, store.path + "-owner", store.path + "-shm"])
 
 
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="this system has no O_PATH")
+def test_a_store_goes_on_when_proc_goes_away(store, monkeypatch):
+    def refuse(path, *_):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "readlink", refuse)
+    assert kinds_of(store, [event(1)]) == ["new"]
+    os.rename(store.path + "-wal", store.path + "-wal.away")
+    with pytest.raises(aggregator.StoreFailed, match="was deleted, moved"):
+        store.commit([event(2)], NOW)
+    os.rename(store.path + "-wal.away", store.path + "-wal")
+
+
 def test_a_store_that_is_closed_leaves_no_descriptor(path):
     before = len(os.listdir("/proc/self/fd"))
     with open_store(path) as store:
@@ -14194,7 +14208,12 @@ def test_events_are_compressed_if_they_leave_this_machine(tmp_path, monkeypatch)
         monkeypatch.setattr(aggregator, "is_loopback", lambda host: False)
         assert ship(fake.url, tmp_path / "log", topic="t") == 0
         assert fake.codings == [None, "gzip"]
-    here, elsewhere = fake.asked
+        monkeypatch.undo()
+        large = sample("1", payload={"x": "x" * 1_100_000})
+        (tmp_path / "log").write_bytes(lines([large]))
+        assert ship(fake.url, tmp_path / "log") == 0
+        assert fake.codings[2:] == ["gzip"]
+    here, elsewhere, _ = fake.asked
     assert [event["payload"] for event in here] == [event["payload"] for event in elsewhere]
 
 
@@ -14908,6 +14927,115 @@ def test_a_file_that_is_renamed_while_the_folder_is_listed_is_found(
     assert sorted(line_numbers(found)) == [*first, *range(10, 10 + rotations)]
 
 
+def test_a_look_that_ends_in_an_error_keeps_what_it_found(log, monkeypatch):
+    append(log, numbered(1, 2))
+    listing, calls = aggregator.list_log, []
+
+    def list_once(path):
+        calls.append(path)
+        if len(calls) % 2 == 0:
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        return listing(path)
+
+    monkeypatch.setattr(aggregator, "list_log", list_once)
+    reading = LogReading(log)
+    found = []
+    for _ in range(3):
+        found += reading.look().read()
+    assert line_numbers(found) == [0, 1]
+
+
+def test_a_look_lists_the_folder_a_bounded_number_of_times(log, monkeypatch):
+    listing, calls = aggregator.list_log, []
+
+    def list_and_count(path):
+        calls.append(path)
+        return listing(path)
+
+    monkeypatch.setattr(aggregator, "list_log", list_and_count)
+    LogReading(log).look()
+    assert len(calls) == 2
+    del calls[:]
+    shift_and_rotate(log, numbered(1, 2))
+    monkeypatch.setattr(aggregator, "is_same_listing", lambda one, other: False)
+    LogReading(log).look()
+    assert len(calls) == 2 * aggregator.LOOKS_MAX
+
+
+def rename_and_copy_when_opened(log, monkeypatch):
+    """When `app.log.1` is opened, the next rotation by copying has just been made."""
+    opens, rotated = aggregator.LogBytes, []
+
+    def open_late(path):
+        if path == f"{log}.1" and not rotated:
+            rotated.append(path)
+            os.rename(f"{log}.1", f"{log}.2")
+            copy_and_truncate(log, f"{log}.1")
+        return opens(path)
+
+    monkeypatch.setattr(aggregator, "LogBytes", open_late)
+
+
+def test_a_copy_that_took_a_listed_name_is_not_taken_for_a_new_file(log, monkeypatch):
+    reading = LogReading(log).look()
+    found = reading.read()
+    with open(f"{log}.1", "w") as older:
+        older.write(numbered(1, 2))
+    rename_and_copy_when_opened(log, monkeypatch)
+    reading.log._is_settled = False
+    for _ in range(3):
+        found += reading.look().read()
+    append(log, numbered(2, 3))
+    for _ in range(3):
+        found += reading.look().read()
+    assert sorted(line_numbers(found)) == [0, 1, 2]
+    assert len(set(reading.ids)) == 3
+
+
+def test_nothing_is_called_missing_whose_copy_was_only_renamed_meanwhile(log, monkeypatch, capsys):
+    reading = LogReading(log).look()
+    found = reading.read()
+    append(log, numbered(1, 2))
+    reading.look()
+    copy_and_truncate(log, f"{log}.1")
+    append(log, numbered(2, 3))
+    opens, renamed = aggregator.LogBytes, []
+
+    def open_late(path):
+        if path == f"{log}.1" and not renamed:
+            renamed.append(path)
+            os.rename(path, f"{log}.2")
+        return opens(path)
+
+    monkeypatch.setattr(aggregator, "LogBytes", open_late)
+    found += reading.look().read()
+    assert sorted(line_numbers(found)) == [0, 1, 2]
+    assert "missing" not in capsys.readouterr().err
+
+
+def test_an_empty_log_that_was_compressed_is_one_file_for_ever(log):
+    reading = LogReading(log).look()
+    reading.read()
+    os.remove(str(log))
+    with gzip.open(f"{log}.1.gz", "wb"):
+        pass
+    for _ in range(5):
+        reading.look().read()
+    assert len(reading.log.place()["files"]) <= 2
+
+
+def test_a_log_that_is_not_there_yet_is_said(log):
+    os.remove(str(log))
+    reading = LogReading(log).look()
+    assert reading.log.trouble() == f"{log} is not there yet"
+    append(log, numbered(1, 2))
+    assert line_numbers(reading.look().read()) == [1]
+    assert reading.log.trouble() == ""
+    # An application that has not begun its new log is no trouble.
+    os.rename(str(log), f"{log}.1")
+    assert reading.look().log.trouble() == ""
+
+
 def test_a_folder_that_rests_is_looked_at_no_more(log, monkeypatch):
     shift_and_rotate(log, numbered(1, 2))
     reading = LogReading(log).look()
@@ -15066,6 +15194,70 @@ def test_a_followed_file_loses_nothing_through_restarts(tmp_path):
             # As if it had been killed before it saved: the same lines, with the same
             # ids.
             followed.place.write_text(known)
+
+
+def test_a_follower_takes_the_new_token_from_its_file(tmp_path):
+    token, log = tmp_path / "token", tmp_path / "log"
+    token.write_text("the-old-one\n")
+    log.write_text("one\n")
+    with Program(tmp_path / "follow.db", env={"AUTH_TOKEN": "the-new-one"}) as program:
+        words = ("--url", local(program.port), "--topic", "t", "--follow", "--token-file", token)
+        with Child(tmp_path, "publish", *words, log) as child:
+            wait_until(lambda: "401" in child.said())
+            token.write_text("the-new-one\nanother\n")
+
+            def has_come():
+                answer = program.ask("GET", "/events", Authorization="Bearer the-new-one")
+                return len(answer.json["events"]) == 1
+
+            wait_until(has_come)
+
+
+@pytest.mark.parametrize("content", (None, "", "no token", "\u00e9"))
+def test_a_token_file_that_holds_no_token_is_said(tmp_path, content):
+    if content is not None:
+        (tmp_path / "token").write_text(content)
+    done = run("publish", "--token-file", str(tmp_path / "token"), "--topic", "t", "-")
+    if content == "no token":
+        # Its first word could be one. The service decides.
+        assert "AUTH_TOKEN_FILE" not in done.stderr
+    else:
+        assert done.returncode == 2
+        assert str(tmp_path / "token") in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_recipe_that_renames_a_topic_loses_nothing_there_and_back(tmp_path):
+    _, behind = README.split("**Rename a topic.**", 1)
+    recipe = behind.split("```sh\n", 1)[1].split("```", 1)[0]
+    with Program(tmp_path / "a.db") as program:
+        program.publish(*[sample(str(n), topic="door/old", payload={"n": n}) for n in range(3)])
+        script = recipe.replace("localhost:8000", f"127.0.0.1:{program.port}")
+        script = script.replace("aggregator.py", shlex.quote(PROGRAM))
+        script = script.replace("python3", shlex.quote(sys.executable))
+        back = script.replace("door/old", "TEMP").replace("door/new", "door/old")
+        back = back.replace("TEMP", "door/new")
+        environment = clean_environment(AGGREGATOR_URL=local(program.port))
+        for text, status in ((script, 0), (back, 1)):
+            done = subprocess.run(
+                ["sh", "-c", text],
+                check=False,
+                capture_output=True,
+                text=True,
+                cwd=str(tmp_path),
+                env=environment,
+                timeout=30,
+            )
+            assert done.returncode == status, done
+            topics = [event["topic"] for event in program.listed()]
+            assert topics == ["door/new"] * 3
+        # Their ids are known under the old name: it would have removed the only copies.
+        assert "was removed there before" in done.stderr
+
+
+def test_the_start_says_how_long_events_are_kept(tmp_path):
+    with Program(tmp_path / "a.db", "--retention", "30") as program:
+        wait_until(lambda: "an event goes 30 s (0.0 days) after its arrival" in program.read_log())
 
 
 def test_a_log_that_rotates_at_full_speed_loses_nothing(site, tmp_path):
@@ -18067,6 +18259,18 @@ def test_a_script_keeps_its_compiled_form_and_becomes_it(lone_script):
     printed, kept = version_of(lone_script, "-W", "ignore")
     assert printed.startswith("aggregator " + aggregator.__version__)
     assert len(kept) == 1
+
+
+@needs_exec
+@pytest.mark.parametrize("options", ("--", "-B --", "-I -B", "-x -B", "-B -u -W ignore"))
+def test_the_options_of_the_interpreter_are_kept(lone_script, options):
+    # With -I, the folder of the script is no place to import from.
+    poison = os.path.join(os.path.dirname(lone_script), "argparse.py")
+    if "-I" in options:
+        with open(poison, "w") as file:
+            file.write("raise SystemExit('this must not be imported')")
+    printed, _ = version_of(lone_script, *options.split())
+    assert printed.startswith("aggregator " + aggregator.__version__)
 
 
 @needs_exec
