@@ -55,6 +55,14 @@ import aggregator
 
 PROGRAM = os.path.abspath(aggregator.__file__)
 HERE = os.path.dirname(PROGRAM)
+
+# As a module, because Python compiles a script anew at each start. Some hundred starts
+# share one compiled form, in a folder that goes when the tests have ended.
+COMMAND = (sys.executable, "-m", "aggregator")
+COMPILED = tempfile.TemporaryDirectory()
+os.environ["PYTHONPATH"] = HERE
+os.environ["PYTHONPYCACHEPREFIX"] = COMPILED.name
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 NOW = 1_767_225_600_000_000  # 2026-01-01T00:00:00Z in microseconds
 
 has_proc = os.path.isdir("/proc/self/fd")
@@ -4952,7 +4960,7 @@ class Child:
     def __init__(self, folder, *arguments, **env):
         self.arguments = arguments
         self.out = os.path.join(str(folder), f"child-{next(NUMBERS)}")
-        words = [sys.executable, PROGRAM, *map(str, arguments)]
+        words = [*COMMAND, *map(str, arguments)]
         with open(self.out, "wb") as out, open(self.out + ".err", "wb") as err:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=out, stderr=err, env=clean_environment(**env)
@@ -6275,7 +6283,7 @@ class Program:
     def __init__(self, db, *flags, command=None, env=None):
         self.db = str(db)
         self.log = self.db + ".log"
-        words = list(command or [sys.executable, PROGRAM])
+        words = list(command or COMMAND)
         words += ["--port", "0", "--db", self.db, *flags]
         with open(self.log, "wb") as log:
             environment = clean_environment(**(env or {}))
@@ -6329,7 +6337,7 @@ class Program:
         self.kill()
 
 
-def run(*arguments, program=(sys.executable, PROGRAM), **env):
+def run(*arguments, program=COMMAND, **env):
     """A command that ends by itself: its status and what it said."""
     words = [*program, *arguments]
     environment = clean_environment(**env)
@@ -17301,7 +17309,7 @@ def test_flushing_the_log_does_not_wait_for_ever():
 @needs_linux
 def test_a_reader_of_the_log_who_stops_reading_does_not_stop_the_service(tmp_path):
     read_end, write_end = os.pipe()
-    words = [sys.executable, PROGRAM, "--port", "0", "--db", str(tmp_path / "s.db")]
+    words = [*COMMAND, "--port", "0", "--db", str(tmp_path / "s.db")]
     process = subprocess.Popen(words, stderr=write_end, env=clean_environment())
     try:
         line = b""
@@ -17531,7 +17539,7 @@ def test_closed_standard_streams_change_no_exit_status(words, closed, status):
 def test_with_closed_standard_streams_nothing_else_gets_their_numbers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    words = [sys.executable, PROGRAM, "--port", str(port), "--db", str(tmp_path / "s.db")]
+    words = [*COMMAND, "--port", str(port), "--db", str(tmp_path / "s.db")]
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
     process = subprocess.Popen(shell, env=clean_environment())
     try:
@@ -17564,7 +17572,7 @@ def test_a_store_under_a_name_that_is_not_utf8_is_served_and_checked(tmp_path):
     db = os.fsdecode(folder + b"/s.db")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    words = [sys.executable, PROGRAM, "--port", str(port), "--db", db]
+    words = [*COMMAND, "--port", str(port), "--db", db]
     with subprocess.Popen(words, stderr=subprocess.PIPE, env=clean_environment()) as process:
         try:
             line = process.stderr.readline()
@@ -17833,7 +17841,7 @@ def test_an_idle_connection_does_not_delay_the_end(tmp_path):
 def test_sigterm_at_any_moment_of_the_start_leaves_a_sound_store_or_none(tmp_path):
     for n in range(6):
         db = str(tmp_path / f"{n}.db")
-        words = [sys.executable, PROGRAM, "--port", "0", "--db", db]
+        words = [*COMMAND, "--port", "0", "--db", db]
         process = subprocess.Popen(
             words, stderr=subprocess.PIPE, text=True, env=clean_environment()
         )
@@ -17928,7 +17936,7 @@ def test_over_tls_a_list_of_many_pieces_ends_and_a_live_tail_goes_on(tmp_path, c
     },
 )
 def test_what_everyone_can_reach_without_a_token_is_warned_about(tmp_path, flags, warned):
-    words = [sys.executable, PROGRAM, "--port", "0", "--db", str(tmp_path / "s.db"), *flags]
+    words = [*COMMAND, "--port", "0", "--db", str(tmp_path / "s.db"), *flags]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=clean_environment())
     log = ""
     while "LISTENING" not in log:
@@ -18235,7 +18243,7 @@ def lone_script(tmp_path):
 
 def version_of(script, *options):
     """What `--version` prints, and the names of the bytecode files beside the script."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": ""}
     found = subprocess.run(
         [sys.executable, *options, script, "--version"],
         stdout=subprocess.PIPE,
@@ -18277,7 +18285,7 @@ def test_the_options_of_the_interpreter_are_kept(lone_script, options):
 def test_a_drill_starts_its_service_wherever_it_was_started_itself(lone_script, tmp_path):
     for options in ([], ["-B"]):
         program = (sys.executable, *options, os.path.relpath(lone_script))
-        done = run("drill", "--events", "50", program=program, PYTHONDONTWRITEBYTECODE="")
+        done = run("drill", "--events", "50", program=program, PYTHONPYCACHEPREFIX="")
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -18305,7 +18313,7 @@ def test_a_service_that_is_started_as_a_script_takes_the_memory_of_its_compiled_
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no files in memory")
     command = [sys.executable, *options, lone_script]
-    env = {"PYTHONDONTWRITEBYTECODE": ""}
+    env = {"PYTHONPYCACHEPREFIX": ""}
     with Program(tmp_path / "a.db", command=command, env=env) as program:
         pid = program.process.pid
         with open(f"/proc/{pid}/status", encoding="ascii") as file:
