@@ -2254,13 +2254,11 @@ class WatchedFile:
 
     def is_in_place(self) -> bool:
         """Whether the name still stands for the same file."""
-        if self._descriptor is None:
-            return file_identity(self.path) == self._identity
-        try:
-            return self._name_now() == self._name
-        except OSError:
-            # /proc went away.
-            return file_identity(self.path) == self._identity
+        if self._descriptor is not None:
+            # It fails if /proc went away.
+            with contextlib.suppress(OSError):
+                return self._name_now() == self._name
+        return file_identity(self.path) == self._identity
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -13077,7 +13075,7 @@ ROTATED_KEPT_S = 60.0
 # Files of one log that are open at a time. Those beyond are found again by their
 # content.
 OPEN_FILES = 64
-# Listings of a folder in a row, until one finds what the one before it found.
+# How often a folder is looked at in a row, until nothing was renamed meanwhile.
 LOOKS_MAX = 10
 # Seconds since its last change in which gzip may still be at work on a file. When it is
 # done it gives the .gz the time of the original.
@@ -14333,20 +14331,6 @@ def is_same_listing(one: Sequence[_Entry], other: Sequence[_Entry]) -> bool:
     return inodes == {entry.path: entry.status.st_ino for entry in other}
 
 
-def files_of_log(path: str) -> List[_Entry]:
-    """All files of a log as they were at one moment: two listings in a row agree.
-
-    Of a log that is renamed faster than it can be listed it is the last try. Raises
-    OSError.
-    """
-    entries = list_log(path)
-    for _ in range(LOOKS_MAX):
-        before, entries = entries, list_log(path)
-        if is_same_listing(before, entries):
-            break
-    return entries
-
-
 def open_entry(entry: _Entry) -> LogBytes:
     """Open the file that was listed. Raises OSError.
 
@@ -14972,7 +14956,7 @@ class Log:
     def _open_waiting(self, file: LogFile) -> None:
         """Find a file again whose turn has come. Raises OSError."""
         for _ in range(LOOKS_MAX):
-            entries = files_of_log(self.path)
+            entries = list_log(self.path)
             if self._open_one_of(entries, file):
                 return
             if is_same_listing(entries, list_log(self.path)):
