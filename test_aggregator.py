@@ -4970,6 +4970,10 @@ class Child:
         with open(self.out + ".err", encoding="utf-8") as err:
             return err.read()
 
+    def last_line(self):
+        lines = self.said().splitlines()
+        return lines[-1] if lines else ""
+
     def aside(self):
         with open(self.out, encoding="utf-8") as out:
             return out.read()
@@ -13895,10 +13899,11 @@ def test_no_answer_ends_a_follower(tmp_path):
         arguments = ("--url", fake.url, "--topic", "t", "--follow", tmp_path / "log")
         with Child(tmp_path, "publish", *arguments) as child:
             wait_until(lambda: len(fake.asked) == len(script) + 1)
+            wait_until(lambda: "waiting" not in child.last_line())
             assert child.process.poll() is None
             assert child.end() == 143
     assert "waiting: " + fake.url + ": 401 no token" in child.said()
-    assert "waiting" not in child.said().splitlines()[-1]
+    assert "waiting" not in child.last_line()
 
 
 def test_a_trouble_that_stays_is_told_once(capsys):
@@ -15506,11 +15511,12 @@ def test_a_relay_says_that_it_waits_only_while_it_does(tmp_path):
     with Fake(behave) as edge, Fake(taken) as central:
         with Child(tmp_path, "relay", "--from", edge.url, "--to", central.url) as child:
             wait_until(lambda: len(central.asked) > 1)
+            wait_until(lambda: "waiting" not in child.last_line())
             assert child.end() == 143
     assert "waiting: " + edge.url in child.said()
     assert "401 no token" in child.said()
     assert "sends no events in NDJSON" in child.said()
-    assert "waiting" not in child.said().splitlines()[-1]
+    assert "waiting" not in child.last_line()
 
 
 def test_a_relay_that_lacks_an_address_says_so():
