@@ -15274,6 +15274,8 @@ class RelaySettings(NamedTuple):
     to_url: Any = None
     token_from: str = ""
     token_to: str = ""
+    token_from_file: str = ""
+    token_to_file: str = ""
     topic: str = ""  # "": all
     state: str = ""
     once: bool = False
@@ -15318,6 +15320,7 @@ def relay(settings: RelaySettings) -> int:
         patience_s,
         TAIL_TIMEOUT_S,
         settings.limits,
+        settings.token_from_file,
     )
     target = Remote(
         settings.to_url,
@@ -15325,6 +15328,7 @@ def relay(settings: RelaySettings) -> int:
         lambda trouble: report.waits(trouble, "to"),
         patience_s,
         limits=settings.limits,
+        token_file=settings.token_to_file,
     )
     reader = _RelayReader(source, topic, first, settings)
     report.lag = lambda: reader.place.seq - read_relay_place(report.place).seq
@@ -18102,6 +18106,18 @@ RELAY_SETTINGS = (
         "--token-from", read_token, "what the one asks for", variable="TOKEN_FROM", secret=True
     ),
     Setting("--token-to", read_token, "what the other asks for", variable="TOKEN_TO", secret=True),
+    Setting(
+        "--token-from-file",
+        read_client_token_file,
+        "a file that holds the one's token instead; it is read for each request",
+        variable="TOKEN_FROM_FILE",
+    ),
+    Setting(
+        "--token-to-file",
+        read_client_token_file,
+        "the same for the other's token",
+        variable="TOKEN_TO_FILE",
+    ),
     Setting("--topic", read_name, "only this topic, or all that begin so: logs/*"),
     STATE_SETTING,
     Setting("--once", bool, "end when all is passed on that is there at the start"),
