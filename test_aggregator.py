@@ -16304,15 +16304,25 @@ def test_when_an_aggregator_dies_its_publisher_finds_the_event_at_another(tmp_pa
     in_cluster(tmp_path, scenario)
 
 
-def test_while_the_log_is_away_requests_wait_then_fail_and_then_it_goes_on(tmp_path):
+def test_while_the_log_is_away_for_a_moment_requests_wait(tmp_path):
     async def scenario(nodes):
         view = MemoryView(MemoryLog())
         a = await nodes.start("a", view)
         view.reachable = False
-        short = asyncio.ensure_future(send_numbers(a, 1))
-        await asyncio.sleep(0.1)
+        waiting = asyncio.ensure_future(send_numbers(a, 1))
+        await until_true(lambda: a.trouble() is not None)
+        assert not waiting.done()
         view.reachable = True
-        assert await short == [("new", 1)]
+        assert await waiting == [("new", 1)]
+
+    in_cluster(tmp_path, scenario, PATIENT)
+
+
+def test_while_the_log_stays_away_requests_fail_and_then_it_goes_on(tmp_path):
+    async def scenario(nodes):
+        view = MemoryView(MemoryLog())
+        a = await nodes.start("a", view)
+        assert await send_numbers(a, 1) == [("new", 1)]
         view.reachable = False
         began = time.monotonic()
         assert "unplugged. What was sent may still be stored" in await refusal_of(
