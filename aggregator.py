@@ -5835,11 +5835,16 @@ def _parse_head(text: bytes) -> Head:
     A pure function of the bytes, so that its results can be kept.
     """
     request_line, *field_lines = text.split(b"\r\n")
-    method, raw_target, http_1_0 = _parse_request_line(request_line)
-    headers = _parse_fields(field_lines)
-    target = _parse_target(method, raw_target, headers, http_1_0)
+    try:
+        method, raw_target, http_1_0 = _parse_request_line(request_line)
+        headers = _parse_fields(field_lines)
+        target = _parse_target(method, raw_target, headers, http_1_0)
+    except HTTPError as error:
+        error.origin = _origin_in(text)
+        raise
     headers["host"] = target.host
     try:
+        query = _parse_query(target.raw_query)
         length = _body_length(headers, http_1_0)
         expects_continue = _expects_continue(headers)
         content_coding = _content_coding(headers)
@@ -5850,7 +5855,7 @@ def _parse_head(text: bytes) -> Head:
     return Head(
         method=method,
         path=target.path,
-        query=target.query,
+        query=query,
         headers=headers,
         content_type=media_type.strip(" \t").lower(),
         length=length,
@@ -5860,6 +5865,15 @@ def _parse_head(text: bytes) -> Head:
         keep_alive=_keeps_connection(headers, http_1_0),
         http_1_0=http_1_0,
     )
+
+
+_ORIGIN_LINE = re.compile(rb"\r\nOrigin:[ \t]*(?P<origin>[!-~]+)[ \t]*\r\n", re.IGNORECASE)
+
+
+def _origin_in(text: bytes) -> str:
+    """The Origin of a head that cannot be read, or "": its page may still read why."""
+    match = _ORIGIN_LINE.search(text + b"\r\n")
+    return match["origin"].decode("ascii") if match else ""
 
 
 # A client sends nearly the same head each time, and a third of all work is reading it.
@@ -6006,7 +6020,7 @@ def _check_transfer_coding(coding: str, headers: Dict[str, str], http_1_0: bool)
 
 class _Target(NamedTuple):
     path: Tuple[str, ...]
-    query: Dict[str, str]
+    raw_query: bytes
     host: str
 
 
@@ -6022,7 +6036,7 @@ def _parse_target(method: str, raw: bytes, headers: Dict[str, str], http_1_0: bo
     if not raw.startswith(b"/"):
         # RFC 9112 §3.2.4: asterisk-form, for OPTIONS about the server as a whole.
         if raw == b"*" and method == "OPTIONS":
-            return _Target(("*",), {}, host)
+            return _Target(("*",), b"", host)
         # RFC 9112 §3.2.2: the host in an absolute target counts, not the Host field.
         absolute = _ABSOLUTE_TARGET.fullmatch(raw)
         if absolute is None:
@@ -6035,7 +6049,7 @@ def _parse_target(method: str, raw: bytes, headers: Dict[str, str], http_1_0: bo
     raw_path, _, raw_query = raw[1:].partition(b"?")
     # Split first, decode then: "%2F" is a character of a part, not the end of one.
     path = [percent_decode(part) for part in raw_path.split(b"/")]
-    return _Target(tuple(path), _parse_query(raw_query), host)
+    return _Target(tuple(path), raw_query, host)
 
 
 def _parse_query(raw: bytes) -> Dict[str, str]:
@@ -6079,11 +6093,16 @@ def percent_decode(raw: bytes, plus_is_blank: bool = False) -> str:
                 "bad-request",
                 "the target has a % without two hexadecimal digits: write a literal % as %25",
             )
-        raw = _PERCENT_ENCODED.sub(_decode_percent, raw)
+        raw = percent_decode_bytes(raw)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         raise HTTPError("bad-request", "the target is not UTF-8 when percent-decoded") from None
+
+
+def percent_decode_bytes(raw: bytes) -> bytes:
+    """Percent-encoded bytes as bytes; a "%" without two digits stands for itself."""
+    return _PERCENT_ENCODED.sub(_decode_percent, raw)
 
 
 def _decode_percent(match: "re.Match[bytes]") -> bytes:
@@ -6270,6 +6289,16 @@ class RequestParser:
         return bool(buffer)
 
     def _take_head(self) -> Optional[bytes]:
+        """Take a head off the buffer; None if its end has not come."""
+        try:
+            self._check_beginning()
+            return self._take(_HEAD)
+        except HTTPError as error:
+            error.origin = _origin_in(bytes(self._buffer))
+            raise
+
+    def _check_beginning(self) -> None:
+        """Refuse as early as possible what begins as no request does."""
         buffer = self._buffer
         limit = MAX_REQUEST_LINE_BYTES
         if len(buffer) > limit + 1 and buffer.find(b"\r\n", 0, limit + 2) < 0:
@@ -6278,7 +6307,6 @@ class RequestParser:
             for beginning in _OTHER_BEGINNINGS:
                 if buffer.startswith(beginning):
                     raise _other_protocol(beginning)
-        return self._take(_HEAD)
 
     def _read_chunked_body(self, max_bytes: int) -> Generator[None, None, bytes]:
         """RFC 9112 §7.1: chunks, one of size 0, trailer fields, an empty line."""
@@ -7501,11 +7529,9 @@ class API:
         try:
             response = await self._handle(request, peer)
         except Exception as error:
-            method = request.head.method
-            who = f"{peer}, {method} {_shown_path(request.head)}"
             refusal = refusal_of(error)
             refusal.name_request(request.head.path, request.head.headers)
-            response = self.refuse(refusal, who, warn=method not in SAFE_METHODS)
+            response = self.refuse(refusal, peer, request.head.method)
             # This frame keeps `refusal`, and the traceback keeps this frame and all
             # below it: the request would stay in memory until Python looks for cycles.
             for each in (error, refusal):
@@ -7517,11 +7543,20 @@ class API:
             return self._shared(response, request.head.headers["origin"])
         return response
 
-    def refuse(self, error: HTTPError, who: str, warn: bool = True) -> Response:
-        """The answer to a refused request; it is counted, and logged with `who`."""
-        level = logging.WARNING if warn and not error.is_known else logging.DEBUG
-        # The status is part of the format, so the log counts each status as a kind of
-        # line of its own when there are too many.
+    def refuse(self, error: HTTPError, peer: str, method: str = "") -> Response:
+        """The answer to a refused request of an address; it is counted and logged.
+
+        `method` is "" if it is not known.
+        """
+        who = peer
+        if error.path:
+            request = f"{method} {_shown_path(error.path)}"
+            who = f"{peer}, {request.strip()}"
+        level = logging.WARNING
+        if error.is_known or method in SAFE_METHODS:
+            level = logging.DEBUG
+        # The status is part of the format, so each is a kind of line to `LogLimit`: a
+        # flood of bad bodies does not hide who tries tokens.
         log.log(level, f"REFUSED {PROBLEMS[error.problem].status} - %s: %s", who, error.detail)
         self.refused[error.problem] += 1
         return self._shared(problem_response(error), error.origin)
@@ -7582,7 +7617,7 @@ class API:
             return None
         if not routes:
             raise HTTPError(
-                "not-found", f"there is no {_shown_path(head)}; GET / lists what there is"
+                "not-found", f"there is no {_shown_path(head.path)}; GET / lists what there is"
             )
         found = routes.get("GET" if head.method == "HEAD" else head.method)
         if found is None:
@@ -7634,9 +7669,9 @@ def _with_headers(response: Response, headers: FieldLines) -> Response:
     return response._replace(headers=response.headers + headers)
 
 
-def _shown_path(head: Head) -> str:
+def _shown_path(path: Tuple[str, ...]) -> str:
     """The decoded path of a request, as it may stand in a message or the log."""
-    return shown("/" + "/".join(head.path))
+    return shown("/" + "/".join(path))
 
 
 def _refuse_unknown_parameters(found: Route, query: Dict[str, str]) -> None:
@@ -8170,7 +8205,10 @@ def read_published(api: API, request: Request) -> List[Event]:
         return read_cloud_events(request, api.clock(), most)
     if "topic" not in query and "source" not in query:
         # Whatever its type says: `fetch` calls JSON text/plain, curl calls it a form.
-        return parse_events(request.body, most)
+        try:
+            return parse_events(request.body, most)
+        except (NotJSON, InvalidEvents) as error:
+            raise _with_advice(error, request)
 
     if request.head.content_type != TEXT_TYPE:
         raise HTTPError(
@@ -8193,6 +8231,16 @@ def read_published(api: API, request: Request) -> List[Event]:
 
     text = body_text(request)
     return events_from_lines(text, query["topic"], query["source"], api.clock(), new_id, most)
+
+
+def _with_advice(error: Exception, request: Request) -> HTTPError:
+    """A refusal of what was read as JSON, with what its sender may have meant."""
+    refusal = refusal_of(error)
+    if isinstance(error, NotJSON) and request.head.content_type == TEXT_TYPE:
+        refusal.detail += "; lines of text need ?topic=NAME&source=NAME"
+    if isinstance(error, InvalidEvents) and b'"specversion"' in request.body:
+        refusal.detail += f"; a CloudEvent needs Content-Type: {CLOUD_EVENT_TYPE}+json"
+    return refusal
 
 
 def header_text(value: str) -> str:
@@ -8367,13 +8415,19 @@ def body_text(request: Request) -> str:
     lines around it, because a log daemon would send them again for ever. The byte order
     mark that some editors write is no part of the text.
     """
+    charset = text_charset(request)
+    body = request.body
+    if charset == "utf-8" and body.startswith(b"\xef\xbb\xbf"):
+        body = body[3:]
+    return body.decode(charset, "backslashreplace")
+
+
+def text_charset(request: Request) -> str:
+    """The encoding of a body that is text, as Python names it."""
     match = _CHARSET.search(request.head.headers.get("content-type", ""))
     if match is not None and match["name"].lower() in _LATIN_1_NAMES:
-        return request.body.decode("latin-1")
-    body = request.body
-    if body.startswith(b"\xef\xbb\xbf"):
-        body = body[3:]
-    return body.decode("utf-8", "backslashreplace")
+        return "latin-1"
+    return "utf-8"
 
 
 # ---- Handlers: read ----
@@ -8767,43 +8821,67 @@ def read_delivery(request: Request) -> Delivery:
     if len(values) == 1:
         return Delivery(request, values[0], is_text=False)
     if request.head.content_type == FORM_TYPE:
-        fields = read_form(request.body)
-        if fields:
-            return Delivery(request, fields, is_text=False)
+        if names_a_field(request) or _looks_like_form(request.body):
+            fields = read_form(request.body, text_charset(request))
+            if fields:
+                return Delivery(request, fields, is_text=False)
     return Delivery(request, None, is_text=True)
 
 
-# A form is written without blanks and line ends, and each field has a "=". So a line of
-# text that curl calls a form is seldom mistaken for one.
-_FORM = re.compile(rb"[!-%'-<>-~]*=[!-%'-~]*(?:&[!-%'-<>-~]*=[!-%'-~]*)*")
+def names_a_field(request: Request) -> bool:
+    """Whether the query says that the body has fields: then it is no line of text."""
+    query = request.head.query
+    for parameter in ("id", "time"):
+        if query.get(parameter, "").startswith("body:/"):
+            return True
+    return False
 
 
-def read_form(body: bytes) -> Dict[str, Any]:
-    """The fields of a form (WHATWG URL §5.1); {} if this is none.
+# A browser writes a form without blanks and line ends, and each field has a "=". So a
+# line of text that curl calls a form is seldom mistaken for one.
+_FORM_FIELD = rb"(?:[!-%'-<>-~]*=[!-%'-~]*)?"
+_FORM = re.compile(_FORM_FIELD + rb"(?:&" + _FORM_FIELD + rb")*")
 
-    A field that is given several times is a list.
 
-    >>> read_form(b"door=front+left&n=1&n=2"), read_form(b"all is well")
-    ({'door': 'front left', 'n': ['1', '2']}, {})
+def _looks_like_form(body: bytes) -> bool:
+    """Whether a body is written as a form, and not only called one."""
+    return b"=" in body and _FORM.fullmatch(body) is not None
+
+
+def read_form(body: bytes, charset: str = "utf-8") -> Dict[str, Any]:
+    r"""The fields of a form (WHATWG URL §5.1); {} if there are none, or too many.
+
+    A field that is given several times is a list. As there, nothing is an error: a lone
+    "%" stands for itself, and a field without "=" is empty. A byte that is not in the
+    charset becomes \xNN, as in text.
+
+    >>> read_form(b"door=front+left&n=1&n=2&&open")
+    {'door': 'front left', 'n': ['1', '2'], 'open': ''}
+    >>> read_form(b"name=Ren%E9", "latin-1"), read_form(b"name=Ren%E9&rate=5%")
+    ({'name': 'René'}, {'name': 'Ren\\xe9', 'rate': '5%'})
     """
-    if body.count(b"&") >= MAX_FORM_FIELDS or _FORM.fullmatch(body) is None:
+    if body.count(b"&") >= MAX_FORM_FIELDS:
         return {}
     fields: Dict[str, Any] = {}
-    try:
-        for pair in body.split(b"&"):
-            raw_name, _, raw_value = pair.partition(b"=")
-            name = percent_decode(raw_name, plus_is_blank=True)
-            value = percent_decode(raw_value, plus_is_blank=True)
-            if name not in fields:
-                fields[name] = value
-            elif isinstance(fields[name], list):
-                fields[name].append(value)
-            else:
-                fields[name] = [fields[name], value]
-    except HTTPError:
-        # A lone "%" or another encoding: it is kept as text.
-        return {}
+    for pair in body.split(b"&"):
+        if not pair:
+            continue
+        raw_name, _, raw_value = pair.partition(b"=")
+        name = _form_text(raw_name, charset)
+        value = _form_text(raw_value, charset)
+        if name not in fields:
+            fields[name] = value
+        elif isinstance(fields[name], list):
+            fields[name].append(value)
+        else:
+            fields[name] = [fields[name], value]
     return fields
+
+
+def _form_text(raw: bytes, charset: str) -> str:
+    """A name or a value of a form as text."""
+    raw = percent_decode_bytes(raw.replace(b"+", b" "))
+    return raw.decode(charset, "backslashreplace")
 
 
 _ARRAY_INDEX = re.compile("0|[1-9][0-9]{0,8}")
@@ -8904,7 +8982,8 @@ def delivery_id(delivery: Delivery, is_id_signed: bool, random_id: Callable[[], 
     """
     place = delivery.request.head.query.get("id")
     if is_id_signed:
-        if place not in (None, SIGNED_ID_PLACE):
+        # The name of a field has no case (RFC 9110 §5.1).
+        if place is not None and place.lower() != SIGNED_ID_PLACE:
             raise HTTPError(
                 "bad-parameter",
                 "the webhook-signature covers webhook-id and no other place of an id: leave out"
@@ -9238,10 +9317,7 @@ def read_delivered_event(api: API, request: Request, peer: str, is_id_signed: bo
 CLOUD_EVENT_TYPE = "application/cloudevents"
 CLOUD_EVENT_VERSION = "1.0"
 _ATTRIBUTE_FIELD = re.compile("ce-(?P<name>[a-z0-9]+)")
-_PERCENT_BYTES = re.compile(rb"%([0-9A-Fa-f]{2})")
 _BLANK = re.compile(r"\s")
-# A time that our timestamp gives back: in UTC, with no more than six digits.
-_UTC_TIME = re.compile(r"[^ ]+T[0-9:]+(?:\.[0-9]{1,6})?Z")
 
 
 def is_cloud_events(content_type: str) -> bool:
@@ -9292,8 +9368,8 @@ def structured_cloud_events(body: bytes, is_batch: bool) -> List[Any]:
     (value,) = values
     if not is_batch:
         return [value]
-    if not isinstance(value, list) or not value:
-        message = "must be a list of CloudEvents with one at least, not " + shown(value)
+    if not isinstance(value, list):
+        message = "must be a list of CloudEvents, not " + shown(value)
         raise InvalidEvents([Fault(0, "", message)])
     return value
 
@@ -9323,8 +9399,7 @@ def _attribute_value(value: str) -> str:
     if len(raw) >= 2 and raw.startswith(b'"') and raw.endswith(b'"'):
         # Older senders put it in quotes, with backslashes.
         raw = re.sub(rb"\\(.)", rb"\1", raw[1:-1])
-    # A "%" without two digits stands for itself.
-    raw = _PERCENT_BYTES.sub(lambda match: bytes.fromhex(match[1].decode("ascii")), raw)
+    raw = percent_decode_bytes(raw)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -9400,7 +9475,7 @@ def cloud_event_fields(
     timestamp = attributes.get("time")
     if timestamp is None:
         timestamp = format_timestamp(now_us)
-    elif _UTC_TIME.fullmatch(timestamp):
+    elif is_given_back(timestamp):
         given_back.add("time")
     payload = {}
     for name, value in attributes.items():
@@ -9413,6 +9488,16 @@ def cloud_event_fields(
         "source": attributes["source"],
         "payload": payload,
     }
+
+
+def is_given_back(time_text: str) -> bool:
+    """Whether our timestamp says exactly what a valid time says, but for zeros.
+
+    >>> is_given_back("2026-01-01T12:00:00.5Z"), is_given_back("2016-12-31T23:59:60Z")
+    (True, False)
+    """
+    timestamp = format_timestamp(parse_timestamp(time_text))
+    return time_text.endswith("Z") and timestamp.startswith(time_text[:-1])
 
 
 # ---- Removing and counting ----
@@ -17763,6 +17848,8 @@ def read_webhook_secrets(text: str) -> Dict[str, Tuple[str, ...]]:
             read_name(topic)
         except ValueError as error:
             raise ValueError(f"names a topic that {error}")
+        if secret.startswith("whpk_"):
+            raise ValueError("has a whpk_ key, which is public: the secret begins with whsec_")
         if not standard_keys(secret):
             raise ValueError("has a secret that begins with whsec_ and is no base64 behind it")
         secrets[topic] = (*secrets.get(topic, ()), secret)
@@ -18333,6 +18420,7 @@ def read_settings(name: str, arguments: Sequence[str], environment: Dict[str, st
     parser = command_line(name)
     flags = vars(parser.parse_args(arguments))
     values: Dict[str, Any] = {}
+    origins: Dict[str, str] = {}
     for setting in command.settings:
         flag = flags[setting.field]
         if isinstance(flag, bool):
@@ -18343,12 +18431,14 @@ def read_settings(name: str, arguments: Sequence[str], environment: Dict[str, st
             given = given_text(setting, flag, environment)
             if given is not None:
                 values[setting.field] = read_given(setting, given)
+                origins[setting.flag] = given.origin
     values_by_flag = {each.flag: values.get(each.field) for each in command.settings}
     for setting in command.settings:
         needed = setting.needs.split()
         if needed and values_by_flag[setting.flag]:
             if not any(values_by_flag[flag] for flag in needed):
-                parser.error(f"{setting.flag} needs {' or '.join(needed)}")
+                origin = origins.get(setting.flag, setting.flag)
+                parser.error(f"{origin} needs {' or '.join(needed)}")
     return command.record(**values)
 
 
@@ -18359,8 +18449,8 @@ def read_settings(name: str, arguments: Sequence[str], environment: Dict[str, st
 class LogLimit:
     """A filter of a log handler: some lines of each kind pass, the rest is counted.
 
-    Lines of one kind come from one place in the code. Only WARNING and above is
-    limited, because strangers can cause these. `clock` is in seconds.
+    Lines of one kind come from one place in the code, and have one format. Only WARNING
+    and above is limited, because strangers can cause these. `clock` is in seconds.
 
     An example: a client sends 1,000 wrong requests in a second. 20 lines are written.
     When the period of 10 s is over, the next line of any kind brings one more, which
@@ -18370,9 +18460,9 @@ class LogLimit:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._since = clock()
-        # By place in the code: how many lines there were, and the last one held back.
-        self._lines: Counter[Tuple[str, int]] = Counter()
-        self._held_back: Dict[Tuple[str, int], str] = {}
+        # By kind: how many lines there were, and the last one held back.
+        self._lines: Counter[Tuple[str, int, str]] = Counter()
+        self._held_back: Dict[Tuple[str, int, str], str] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether this line is written. `logging` asks it, in the thread that logs."""
@@ -18380,7 +18470,9 @@ class LogLimit:
             self._start_period()
         if record.levelno < logging.WARNING:
             return True
-        kind = (record.pathname, record.lineno)
+        # Without arguments, the text is no format, and may be another one each time.
+        text = str(record.msg) if record.args else ""
+        kind = (record.pathname, record.lineno, text)
         self._lines[kind] += 1
         if self._lines[kind] <= LOG_LINES:
             return True
@@ -18748,6 +18840,20 @@ _ANSWER_TO_PLAIN_HTTP = (
     b'{"type":"docs#bad-request","title":"This port speaks HTTPS","status":400,'
     b'"detail":"use https:// in place of http://"}\n'
 )
+# So many bytes tell which protocol begins. The PROXY protocol has two versions.
+_FIRST_BYTES = 16
+_PROXY_BEGINNINGS = (b"PROXY ", b"\r\n\r\n\0")
+
+
+def is_http(first_bytes: bytes) -> bool:
+    """Whether a request begins so: a method, a blank, and a target.
+
+    >>> is_http(b"DELETE /events/t/"), is_http(b"PROXY TCP4 192.0.")
+    (True, False)
+    """
+    return re.match(rb"[A-Z]+ (?:/|\*|http)", first_bytes) is not None
+
+
 # TLS 1.2 with forward secrecy and authenticated encryption only (RFC 9325 §4.2), so
 # without CBC. The suites of TLS 1.3 are all so, and not set here.
 _TLS_1_2_SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
@@ -18756,33 +18862,53 @@ _TLS_1_2_SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
 def make_tls_context(ssl: Any) -> Any:
     """A context for the service's side of TLS that also answers plain HTTP.
 
-    `ssl` is the module. asyncio hands what came to an SSLObject, which writes what is
-    to be sent into a buffer. When the handshake finds HTTP, the answer is put into this
-    buffer. The handshake then seems to wait for more, so that asyncio sends it.
+    `ssl` is the module. asyncio puts what came into a buffer, for an SSLObject, which
+    writes what is to be sent into another. When the handshake fails and HTTP has come,
+    the answer is put into that one. The handshake then seems to wait for more, so that
+    asyncio sends it.
 
     It is for people who type http:// for https://: without it, their browser or curl
-    shows an empty answer and no reason.
+    shows an empty answer and no reason. A proxy that puts a PROXY header before the
+    TLS of its clients cannot be answered; the log says it.
     """
 
     class AnsweringObject(ssl.SSLObject):  # type: ignore[misc]
+        incoming: Any = None
         outgoing: Any = None
+        first_bytes = b""
 
         def do_handshake(self) -> None:
+            if len(self.first_bytes) < _FIRST_BYTES and self.incoming.pending:
+                # A buffer can only be read, so what is read is put back.
+                came = self.incoming.read()
+                self.incoming.write(came)
+                self.first_bytes += came[:_FIRST_BYTES]
             try:
                 super().do_handshake()
-            except ssl.SSLError as error:
-                if error.reason != "HTTP_REQUEST" or self.outgoing is None:
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError:
+                if not self.answer_other_protocol():
                     raise
+                raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "answered plain HTTP")
+
+        def answer_other_protocol(self) -> bool:
+            """Log what else came in place of TLS; whether it was answered."""
+            if is_http(self.first_bytes) and self.outgoing is not None:
                 log.warning("PLAIN HTTP - a client spoke it where TLS is expected: use https://")
                 self.outgoing.write(_ANSWER_TO_PLAIN_HTTP)
                 self.outgoing = None
-                raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "answered plain HTTP")
+                return True
+            if self.first_bytes.startswith(_PROXY_BEGINNINGS):
+                log.warning("PROXY HEADER - a proxy sends one before TLS: switch it off there")
+            return False
 
     class AnsweringContext(ssl.SSLContext):  # type: ignore[misc]
         sslobject_class = AnsweringObject
 
         def wrap_bio(self, incoming: Any, outgoing: Any, *rest: Any, **named: Any) -> Any:
             made = super().wrap_bio(incoming, outgoing, *rest, **named)
+            made.incoming = incoming
             made.outgoing = outgoing
             return made
 

@@ -4463,6 +4463,11 @@ NO_TOKENS = {
     "a file that is no text": (["--token-file", "{}/binary"], {}, "more than ASCII"),
     "an empty credential": ([], {"CREDENTIALS_DIRECTORY": "{}/bad"}, "each token in it must be"),
     "only a read token": (["--read-token", "r"], {}, "needs --token or --token-file"),
+    "only a credential for reading": (
+        [],
+        {"CREDENTIALS_DIRECTORY": "{}/reading"},
+        "credential aggregator-read-token needs --token or",
+    ),
     "only a file of read tokens": (["--read-token-file", "{}/good"], {}, "needs --token or"),
 }
 
@@ -4472,11 +4477,12 @@ def make_token_files(folder):
     (folder / "empty").write_text("\n")
     (folder / "wrong").write_text("s3cret!\n")
     (folder / "binary").write_bytes(b"\xff")
-    for name in ("bad", "credentials"):
+    for name in ("bad", "credentials", "reading"):
         (folder / name).mkdir()
     (folder / "bad" / "aggregator-token").write_text("")
     (folder / "credentials" / "aggregator-token").write_text("from-systemd\n")
     (folder / "credentials" / "aggregator-read-token").write_text("reader\n")
+    (folder / "reading" / "aggregator-read-token").write_text("reader\n")
 
 
 def settings_of(*arguments, **environment):
@@ -7345,6 +7351,33 @@ def test_the_readme_names_only_options_that_exist():
     named = set(re.findall("`(--[a-z0-9-]+)", prose))
     assert len(named) > 10
     assert named <= known | OPTIONS_OF_OTHERS
+
+
+def readme_units():
+    """The systemd units of the README that start this program."""
+    blocks = re.findall(r"^```ini\n(.*?)^```", README, re.M | re.S)
+    return [block for block in blocks if "aggregator.py" in block]
+
+
+def test_each_unit_of_the_readme_has_a_folder_of_its_own():
+    # systemd gives the folder, and all in it, to the user of the unit that started last.
+    folders = re.findall(r"StateDirectory=([\w-]+)", README)
+    assert len(folders) == len(set(folders)) == 3
+    for unit in readme_units():
+        [folder] = re.findall(r"^StateDirectory=(.+)$", unit, re.M)
+        assert re.findall(r"(?:%S|/var/lib)/([\w-]+)/", unit) == [folder]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+def test_the_units_of_the_readme_leave_little_to_an_intruder(tmp_path):
+    for number, unit in enumerate(readme_units()):
+        file = tmp_path / f"unit{number}.service"
+        file.write_text(unit)
+        words = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(file)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        if b"unrecognized option" in done.stdout:
+            pytest.skip("this systemd-analyze is older than 250")
+        assert done.returncode == 0, done.stdout.decode()[-300:]
 
 
 def test_the_readme_names_only_problems_that_exist():
@@ -10319,6 +10352,13 @@ def test_a_retried_text_with_an_idempotency_key_is_all_duplicates(desk):
     assert last["source"] == "nas"
 
 
+def test_text_without_topic_and_source_is_told_that_it_needs_them(desk):
+    answer = desk.post("/publish", b"a log line", PLAIN_TEXT)
+    assert answer.problem == "not-json"
+    assert "lines of text need ?topic=NAME&source=NAME" in answer.json["detail"]
+    assert "?topic=" not in desk.post("/publish", b"a log line").json["detail"]
+
+
 def test_text_without_a_key_is_new_each_time(desk):
     for _ in range(2):
         counts = desk.post("/publish?topic=t&source=s", b"a\nb", PLAIN_TEXT).json
@@ -11515,7 +11555,10 @@ DELIVERED_BODIES = {
     "a line that is called a form": (b"rate = 5 %", FORM, {"message": "rate = 5 %"}),
     "a word that is called a form": (b"done", FORM, {"message": "done"}),
     "too many fields": (b"&".join([b"a=b"] * 1001), FORM, {"message": "&".join(["a=b"] * 1001)}),
-    "a form in another encoding": (b"n=%E9", FORM, {"message": "n=%E9"}),
+    "a form in another encoding": (b"n=%E9", FORM, {"n": "\\xe9"}),
+    "a form that says its encoding": (b"n=%E9", FORM + "; charset=latin1", {"n": "\xe9"}),
+    "a form with empty fields": (b"a=1&&b=2&", FORM, {"a": "1", "b": "2"}),
+    "a form with a lone percent sign": (b"rate=5%", FORM, {"rate": "5%"}),
     "text": (b"backup done", PLAIN_TEXT, {"message": "backup done"}),
     "two values": (b"1 2", "", {"message": "1 2"}),
     "nothing": (b"", "", {"message": ""}),
@@ -11563,6 +11606,25 @@ def test_the_id_of_a_delivery_is_where_it_is_said_to_be(desk, query, header, bod
 
 def test_the_id_may_be_a_field_of_a_form(desk):
     assert deliver(desk, b"id=x&n=1", FORM, query="?id=body:/id")["event_id"] == "x"
+
+
+# All that senders write and browsers do not. `?id=body:` says that it is a form.
+LOOSE_FORMS = {
+    "another encoding": (b"id=x&name=Ren%E9", {"name": "Ren\\xe9"}),
+    "bytes as they are": (b"id=x&name=Ren\xe9", {"name": "Ren\\xe9"}),
+    "UTF-8 as it is": ("id=x&name=Ren\u00e9".encode(), {"name": "Ren\u00e9"}),
+    "a blank": (b"id=x&note=hello world", {"note": "hello world"}),
+    "a lone percent sign": (b"id=x&note=100%", {"note": "100%"}),
+    "a field without =": (b"id=x&open", {"open": ""}),
+    "an empty field": (b"&id=x&&n=1&", {"n": "1"}),
+}
+
+
+@with_cases("body, rest", LOOSE_FORMS)
+def test_no_letter_of_a_form_keeps_its_id_from_being_found(desk, body, rest):
+    event = deliver(desk, body, FORM, query="?id=body:/id")
+    assert event["event_id"] == "x"
+    assert event["payload"] == {"id": "x", **rest}
 
 
 def test_the_id_may_be_the_hash_of_the_content(desk):
@@ -11921,9 +11983,26 @@ def test_the_same_id_of_another_source_is_another_event(desk):
     assert answer.json["duplicates"] == 1
 
 
+def test_an_empty_batch_is_taken(desk):
+    # JSON format §4.3: it is valid in a request.
+    answer = desk.post("/publish?verdicts=1", b"[]", BATCHED)
+    assert answer.status == 202
+    assert answer.json["accepted"] == 0
+    assert answer.json["events"] == []
+
+
+def test_a_cloud_event_that_is_not_called_one_is_told_how(desk):
+    answer = desk.post("/publish", CLOUD_EVENT, "Content-Type: application/json")
+    assert answer.problem == "invalid-event"
+    assert "Content-Type: application/cloudevents+json" in answer.json["detail"]
+
+
 CLOUD_EVENT_TIMES = text_table("""
     2026-01-01T00:00:00Z             | -
     2026-01-01T00:00:00.123456Z      | -
+    2026-01-01T00:00:00.5Z           | -
+    2016-12-31T23:59:60Z             | 2016-12-31T23:59:60Z
+    2016-12-31T23:59:60.250Z         | 2016-12-31T23:59:60.250Z
     2026-01-01T00:00:00.123456789Z   | 2026-01-01T00:00:00.123456789Z
     2026-01-01T02:00:00+02:00        | 2026-01-01T02:00:00+02:00
 """)
@@ -11976,7 +12055,6 @@ NO_CLOUD_EVENTS = {
     "a strange time": ("invalid-event", "time", binary_fields(time="noon"), b""),
     "an id too long": ("invalid-event", "event_id", binary_fields(id="x" * 260), b""),
     "a list": ("invalid-event", "", [STRUCTURED], b"[1]"),
-    "an empty batch": ("invalid-event", "", [BATCHED], b"[]"),
     "a batch of one number": ("invalid-event", "", [BATCHED], b"[1]"),
     "two data": ("invalid-event", "data", [STRUCTURED], {"data": 1, "data_base64": ""}),
     "a number as id": ("invalid-event", "id", [STRUCTURED], {"id": 1}),
@@ -12053,6 +12131,12 @@ REFUSED_BY_THE_PARSER = {
         b"POST /publish HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
         "docs#",
     ),
+    "a parameter given twice": (b"GET /events/t/1?a=1&a=2 HTTP/1.1\r\n", "../../docs#"),
+    "a query of half characters": (b"GET /a/b?a=100% HTTP/1.1\r\n", "../docs#"),
+    "a target too long": (b"GET /events?contains=" + b"x" * 9000 + b" HTTP/1.1\r\n", "docs#"),
+    "a field too long": (b"GET /events HTTP/1.1\r\nCookie: " + b"x" * 33_000 + b"\r\n", "docs#"),
+    "a field with a control character": (b"GET /events HTTP/1.1\r\nA: \x01\r\n", "docs#"),
+    "another version": (b"GET /events HTTP/2.0\r\n", "docs#"),
 }
 
 
@@ -12137,15 +12221,28 @@ def test_a_page_may_read_also_that_its_body_is_too_large(tmp_path):
 
 
 def test_plain_http_at_the_tls_port_is_told_to_use_https(tmp_path, certificate):
+    methods = ("GET", "POST", "DELETE", "OPTIONS")
     with Program(tmp_path / "store.db", "--tls-cert", certificate) as program:
-        connection = http.client.HTTPConnection("localhost", program.port, timeout=5)
-        connection.request("GET", "/health")
-        response = connection.getresponse()
-        assert response.status == 400
-        assert "https://" in json.loads(response.read())["detail"]
+        for method in methods:
+            connection = http.client.HTTPConnection("localhost", program.port, timeout=5)
+            with contextlib.closing(connection):
+                connection.request(method, "/events/t/1")
+                response = connection.getresponse()
+                assert response.status == 400
+                assert "https://" in json.loads(response.read())["detail"]
         assert TLSClient(program.port, certificate).ask("GET", "/health").status == 200
         program.end()
-    assert "PLAIN HTTP" in program.read_log()
+    assert program.read_log().count("PLAIN HTTP") == len(methods)
+
+
+def test_a_proxy_header_at_the_tls_port_is_logged(tmp_path, certificate):
+    beginnings = [first_bytes for first_bytes, _ in OTHER_PROTOCOLS.values()]
+    with Program(tmp_path / "store.db", "--tls-cert", certificate) as program:
+        for first_bytes in beginnings[1:]:
+            assert exchange(program.port, first_bytes) == []
+        assert TLSClient(program.port, certificate).ask("GET", "/health").status == 200
+        program.end()
+    assert program.read_log().count("PROXY HEADER") == 2
 
 
 def test_tls_1_2_has_no_suites_with_cbc():
@@ -13355,7 +13452,7 @@ def test_a_large_body_without_room_is_refused_before_it_is_read(open_site, caplo
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.headers["connection"] == "close"
         assert statuses_of(map(finish_upload, older)) == [201, 201]
-    assert "REFUSED 503 - 127.0.0.1: too much is on its way" in caplog.text
+    assert 'REFUSED 503 - 127.0.0.1, "/events/t/late": too much is on its way' in caplog.text
     until(lambda: site.kept == 0)
 
 
@@ -13676,7 +13773,7 @@ def test_what_is_refused_before_it_is_a_request_is_logged_with_peer_and_reason(s
         assert answer.status >= 400
     assert len(caplog.messages) == len(requests)
     for message in caplog.messages:
-        assert re.match(r"REFUSED [45][0-9]{2} - 127\.0\.0\.1: .{10}", message)
+        assert re.match(r'REFUSED [45][0-9]{2} - 127\.0\.0\.1(, "/")?: .{10}', message)
         assert message.isprintable()
         assert message.isascii()
 
@@ -17278,6 +17375,22 @@ def test_a_flood_of_one_kind_leaves_room_for_the_others():
             aggregator.log.warning("CONFLICT - topic: %s", "t")
         aggregator.log.error("COMMIT FAILED - %s", "why")
     assert limited.written[-1] == "COMMIT FAILED - why"
+
+
+def test_a_flood_of_one_status_leaves_room_for_the_others(desk):
+    with LimitedLog() as limited:
+        for _ in range(aggregator.LOG_LINES + 5):
+            desk.api.refuse(aggregator.HTTPError("bad-request", "junk"), "192.0.2.7")
+        desk.api.refuse(aggregator.HTTPError("unauthorized", "wrong token"), "192.0.2.7")
+    assert len(limited.written) == aggregator.LOG_LINES + 1
+    assert limited.written[-1] == "REFUSED 401 - 192.0.2.7: wrong token"
+
+
+def test_a_line_without_a_format_is_of_the_kind_of_its_place():
+    with LimitedLog() as limited:
+        for n in range(aggregator.LOG_LINES + 5):
+            aggregator.log.warning("line %d" % n)
+    assert len(limited.written) == aggregator.LOG_LINES
 
 
 def test_when_the_period_is_over_it_is_said_how_many_lines_were_left_out():

@@ -318,7 +318,7 @@ def python_logging():
     """The handler of the README, with a service that comes late."""
     port = free_port()
     program = recipe("python-logging", f"http://127.0.0.1:{port}")
-    program += 'logging.warning("disk %s is full", "sda")\nwaiting.join()\n'
+    program += 'logging.warning("disk %s is full", "sda")\n'
     folder = tempfile.mkdtemp(dir=WORK)
     with running("logging", sys.executable, "-c", program) as sender:
         time.sleep(0.5)
