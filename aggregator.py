@@ -599,7 +599,8 @@ def json_values(text: str, most: int = QUEUE_MAX_EVENTS) -> List[Any]:
 
     Reading stops as soon as there are more than `most`: one more is returned, and what
     follows is not looked at. Raises NotJSON, or InvalidEvents: for nesting that the
-    decoder gives up on, and for more values, those inside others too, than MAX_VALUES.
+    decoder gives up on, and for more values, those inside others too, than MAX_VALUES
+    or, if that is more, MAX_VALUES_PER_EVENT for each of `most`.
 
     So one function reads a single value, a list, and one value a line (JSON Lines).
     Numbers need a blank between them, because "12" is one number.
@@ -645,11 +646,11 @@ def _check_number_of_values(text: str, most: int) -> None:
 
 
 def _has_more_values(text: str, most: int) -> bool:
-    r"""Whether a JSON text has more values than `most`, without decoding it.
+    r"""Whether lists and objects in a text hold more values than `most`; not decoded.
 
-    In each list and object, a comma stands between two values. So brackets and commas
-    are as many as values, and one more for each empty list or object. Most texts have
-    few of them, and are settled by counting. Else those inside strings must not count,
+    In each of them, a comma stands between two values. So brackets and commas are as
+    many as values inside others, and one more for each empty list or object. Most texts
+    have few of them, and are settled by counting. Else those inside strings must not count,
     such as the commas of a table: strings stand at every second place between quotes.
 
     >>> _has_more_values("[1,[2]]", 2), _has_more_values(r'["a,b\",c,d"]', 2)
@@ -1060,13 +1061,14 @@ def events_from_lines(
 #
 # Why digests are exact enough. Two of ten million identities share a 128-bit key with a
 # probability of 10^14 / 2^129, which is less than 10^-24. No disk is that reliable. It
-# is BLAKE2b, because ids come from strangers, and nobody can make two that collide.
+# is BLAKE2b, because ids come from strangers: to make two that collide takes 2^64
+# tries, and harms only who sends both.
 #
 # The GIL convoy. One lock of Python, the GIL, lets one thread run at a time. SQLite
 # works through a statement in steps: a step ends with a row of the result, or at the
 # end. `sqlite3` gives up the GIL for each step and has to take it back afterwards.
 # While the event loop is busy, the writer's thread gets the lock back only after a
-# "switch interval": 5 ms, unless the program says otherwise. All wait in one line
+# "switch interval": 5 ms, unless the program says otherwise (§15 says 50 µs). All wait in one line
 # behind the slowest, like cars behind a lorry: hence the name. So the number of steps
 # counts, not the work of each: `executemany` over 1,000 rows is 1,000 steps, one INSERT
 # with 1,000 rows of VALUES is one, and a SELECT has a step for each row of its result.
@@ -1165,15 +1167,16 @@ class Decision(NamedTuple):
 
 
 class ForgetBefore(NamedTuple):
-    """How old something must be to go: both must hold.
+    """What is old enough to go: what has both, an arrival and a seq that are low enough.
 
     Made by `AgeLimit` (§3), for two uses: --retention asks it which events may leave
     the log, and --dedup-retention which tombstones of removed events may be forgotten.
     """
 
-    # It arrived before this instant, in microseconds since 1970 UTC.
+    # Arrived before this instant, in microseconds since 1970 UTC.
     before_us: int
-    through_seq: int  # and has this seq or a lower one
+    # The highest seq that may go.
+    through_seq: int
 
 
 # A row to write: a tuple of values, or a single value for a table of one column.
@@ -1301,31 +1304,43 @@ class DedupIndex:
     ...     for table in "recent.ids", "seen":
     ...         rows = store.db.execute(f"SELECT hex(key), seq FROM {table} ORDER BY 1")
     ...         print(table, *[f"{key[:8]}={seq}" for key, seq in rows])
+    ...     marks = store.db.execute("SELECT part, through FROM progress WHERE part <= 'FF'")
+    ...     print("progress", *[f"{part}={through}" for part, through in marks])
+    ...     log = store.db.execute("SELECT seq, event_id FROM processed_events ORDER BY seq")
+    ...     print("log", *[f"{seq}:{event_id}" for seq, event_id in log])
 
-    Four events arrive, and nothing is merged yet.
+    Four events arrive, and nothing is merged yet. Each line shows the first bytes of a
+    key and its seq; the marks of the four slices are 0.
 
     >>> for second, event_id in enumerate(["1", "2", "3", "5"]):
     ...     repeats = publish(event_id, now_us=second * 1_000_000)
     >>> show()
     recent.ids 064EC0C5=2 694E2F62=4 8B68E835=1 E0067311=3
     seen
+    progress 00=0 40=0 80=0 C0=0
+    log 1:1 2:2 3:3 4:5
 
-    A fifth makes one too many. So the slice that has waited longest, slice 0, is moved.
+    A fifth makes one too many. So the slice that has waited longest, slice 0, is moved,
+    and its mark says: the keys of this slice are in `seen`, for events up to seq 5.
 
     >>> publish("4", now_us=4_000_000)
     []
     >>> show()
     recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
     seen 064EC0C5=2
+    progress 00=5 40=0 80=0 C0=0
+    log 1:1 2:2 3:3 4:5 5:4
 
-    After kill -9 the memory is gone. The log and the marks in `progress` say what was
-    in it: whatever lies above the mark of its slice.
+    Now the memory goes, as with kill -9. The log and the marks say what was in it:
+    every event that lies above the mark of its slice.
 
     >>> store.close()
     >>> store = Store(folder.name + "/toy.db", settings)
     >>> show()
     recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
     seen 064EC0C5=2
+    progress 00=5 40=0 80=0 C0=0
+    log 1:1 2:2 3:3 4:5 5:4
 
     Event 1 is removed, as retention would do it. Its key was still recent, so now it
     gets its tombstone. A retry that comes weeks later is a duplicate all the same.
@@ -1335,6 +1350,8 @@ class DedupIndex:
     >>> show()
     recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
     seen 064EC0C5=2 8B68E835=1
+    progress 00=5 40=0 80=0 C0=0
+    log 2:2 3:3 4:5 5:4
     >>> late = publish("1", now_us=30 * 86_400_000_000)
     >>> [(repeat.kind, repeat.first.seq, repeat.first.place) for repeat in late]
     [('duplicate', 1, 'seen')]
@@ -1400,7 +1417,9 @@ class DedupIndex:
         keys out again; `recent_count` is then wrong, and `reload` reads it back.
         """
         # Read back from the log instead of bound from Python: one statement, one wait
-        # for the GIL. In key order, because neighbours in recent.ids share a page.
+        # for the GIL. In key order, because neighbours in recent.ids share a page. OR
+        # ROLLBACK: if a row fails, all of the commit is undone, and SQLite need not
+        # prepare to undo this statement alone.
         cursor = self._db.execute(
             """
             INSERT OR ROLLBACK INTO recent.ids(key, seq, fingerprint, first_seen)
@@ -1421,8 +1440,8 @@ class DedupIndex:
         Why this never falls behind. Hashing spreads keys evenly over 256 slices, so
         with 393,216 recent keys a slice holds 1,536 on average: none just after its
         move, and about 3,072 when its turn comes again. So one move, of any slice, is
-        needed for every 3,072 new events. The formula allows two for that number, and
-        one more with each commit. A move is made only while recent.ids is over its
+        needed for every 3,072 new events. For 3,072 new events the formula allows two
+        moves, and one more with each commit. A move is made only while recent.ids is over its
         limit, so in the long run as much goes out as comes in.
 
         Tombstones expire here, too, because the pages of the slice are written anyway.
@@ -1678,8 +1697,8 @@ def connect(path: str, timeout_s: float = 5.0) -> sqlite3.Connection:
 # pages that it may still need cannot be overwritten, so the WAL grows meanwhile.
 #
 # The order of this section: settings, age and clocks, opening a file, then the writer.
-# Of the writer read `commit` first, and `AgeLimit` last. The helpers of `commit` that
-# need no database stand after the class: `Books`, `SequenceAccount`.
+# Read `Store.commit` first, and `AgeLimit` last. The helpers of `commit` that need no
+# database stand after the class: `Books`, `SequenceAccount`.
 #
 # Knows §1 and §2. Must not know asyncio, queues or HTTP. It is synchronous; each object
 # is used by one thread at a time.
@@ -1695,9 +1714,9 @@ def connect(path: str, timeout_s: float = 5.0) -> sqlite3.Connection:
 #     kernel drops when the process ends, however it ends.
 #   * A file that is not ours is refused before SQLite may touch it.
 #   * The variables of the writer are read back from the file after every rollback.
-#   * Inserts of many rows say OR ROLLBACK. Without it SQLite prepares for undoing one
-#     statement and keeping the others. For that it writes page images to a temporary
-#     file: 28 % of all bytes. Here any failure rolls back the whole commit anyway.
+#   * Inserts of many new rows say OR ROLLBACK. Without it SQLite prepares for undoing
+#     one statement and keeping the others: it copies each page before it changes it.
+#     Here any failure rolls back the whole commit anyway.
 #
 # Simpler than a production system: the file does not shrink when events leave it; their
 # pages are used again.
@@ -1911,12 +1930,13 @@ class AgeLimit:
     def arrived(self, now: Moment, seq: int) -> None:
         """Everything up to `seq` has arrived and is committed.
 
-        A mark for each commit would fill the memory. So the marks stand a thousandth of
-        the period apart, and there are about a thousand. Until the last mark is so far
-        from the last but one, a new mark replaces it. An event then waits for a mark
-        that is a little younger than itself: it stays longer by a thousandth at most.
+        A mark for each commit would fill the memory. So a new mark replaces the last
+        one while it comes less than a thousandth of the period after the last but one:
+        there are 2,000 marks at most. An event then waits for a mark that is a little
+        younger than itself: it stays longer by a thousandth of the period at most.
 
-        With a period of 1,000 s, the mark of 0.4 s is replaced and that of 0.8 s stays:
+        With a period of 1,000 s, the mark of 0.8 s replaces that of 0.4 s, and the mark
+        of 1.2 s is far enough from that of 0 s:
 
         >>> limit = AgeLimit(1_000_000_000, settles_us=0, started_after_seq=0)
         >>> for seq, instant_us in enumerate((0, 400_000, 800_000, 1_200_000), 1):
@@ -1945,7 +1965,7 @@ class AgeLimit:
 
 
 class _Expired(NamedTuple):
-    """Events past their time, and the seq up to which was looked; 0 at the end."""
+    """Events past their time, and the last seq looked at; 0 if none was left to look at."""
 
     seqs: List[int]
     end: int
@@ -2056,7 +2076,7 @@ _SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOT
 
 
 def check_header(path: str) -> bool:
-    """Refuse a file that is not a store of this version. Returns whether there is one.
+    """Refuse a file that is no store we can read. Returns whether there is one.
 
     It reads the first 100 bytes and touches nothing. SQLite would not be so careful: a
     mere `PRAGMA journal_mode=WAL` changes the header of somebody else's database. An
@@ -2149,7 +2169,7 @@ def make_file(path: str, like: str) -> None:
 def sync_folder(path: str) -> None:
     """Have the names in a folder on the disk: a new file without a name is lost.
 
-    Windows cannot open a folder, and needs it not.
+    Windows cannot open a folder, and does not need to.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
@@ -2227,13 +2247,13 @@ def file_identity(path: str) -> Optional[FileIdentity]:
 class WatchedFile:
     """A file of the store, which has to stay the one file of its name.
 
-    `stat` tells which file it is, and it also reads the times of the file. From Linux
-    6.13 on, a file whose times were read writes them to the disk with its next change.
-    The WAL changes with every commit, and each commit would take 60 µs longer. So a
-    file that `changes_often` is asked for its name instead, through a descriptor that
-    can neither read nor lock (open(2), O_PATH): the name is another one once the file
-    is moved, and ends in " (deleted)" once it is gone. A second name is not noticed
-    this way; that of a WAL harms nobody.
+    A file that `changes_often` is asked for its name, and not for its `stat`, because
+    `stat` makes commits slower: it reads the times of the file, and from Linux 6.13 on
+    a file whose times were read writes them to the disk with its next change. The WAL
+    changes with every commit, and each would take 60 µs longer. The name comes from a
+    descriptor that can neither read nor lock (open(2), O_PATH). It is another one once
+    the file is moved, and ends in " (deleted)" once it is gone. A second name is not
+    noticed this way; that of a WAL harms nobody.
     """
 
     def __init__(self, path: str, changes_often: bool = False) -> None:
@@ -2300,8 +2320,8 @@ def transaction(db: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Itera
 def snapshot(db: sqlite3.Connection) -> Iterator[None]:
     """Read in one transaction: all statements see one state. Raises StoreFailed.
 
-    The other three exceptions come from values that a sound store does not hold, such
-    as text where JSON should be.
+    LookupError, TypeError and ValueError come from values that a sound store does not
+    hold, such as text where JSON should be.
     """
     try:
         with transaction(db, "BEGIN DEFERRED"):
@@ -2360,7 +2380,7 @@ class Store:
             self.close()
             raise
         except (sqlite3.Error, LookupError, OSError, TypeError, ValueError) as error:
-            # The last four come from a damaged file.
+            # All but the first, and OSError from `make_file`, come from a damaged file.
             self.close()
             raise StoreError(
                 f"cannot use {self.path}: {error}; SQLite needs its JSON functions, and a damaged"
@@ -2554,6 +2574,7 @@ class Store:
             known = self.index.look_up(records)
             decision = decide(records, known, self.last_seq, now_us)
             self._append(decision)
+            # `last_seq` has moved already.
             self.index.learn(after_seq=decision.first_seq - 1)
             self._count(records, decision)
 
@@ -2665,7 +2686,7 @@ class Store:
         self._look_at_clocks(now)
         self.index.merge_due_slices(new_events, self.last_seq, self._forget_before())
         self._feed_sorted_tables(at_least=self._settings.list_rows)
-        self._apply_retention(now, at_most=2 * new_events)
+        self._apply_retention(at_most=2 * new_events)
 
     def _append(self, *decisions: Decision) -> None:
         """Write the new records to the end of the log, each with its seq.
@@ -2692,8 +2713,8 @@ class Store:
             self._append_rows(chunk)
         for decision in decisions:
             self.last_seq += len(decision.fresh)
-            # Group by group, as a single node would have done it: a source that is
-            # new begins with the lowest number of its first group.
+            # Group by group, as if each had come alone (§14 appends several at once): a
+            # source that is new begins with the lowest number of its first group.
             numbered = [record for record in decision.fresh if record.sequence is not None]
             if numbered:
                 self._track_sequences(numbered)
@@ -2749,11 +2770,7 @@ class Store:
             arrived.setdefault(record.source, set()).add(record.sequence)
         known = self._known_sequences(list(arrived))
         self._sources_counted += len(arrived) - len(known)
-        # The more sources count, the fewer gaps each may have: a request that names
-        # them all has to read all their gaps. Ten for each, however many there are:
-        # fewer would not show where a source loses events.
-        fair_share = self._settings.gaps_in_all // max(1, self._sources_counted)
-        gaps_kept = min(self._settings.gaps_kept, max(10, fair_share))
+        gaps_kept = gaps_for_each(self._sources_counted, self._settings)
         rows = []
         for source, numbers in arrived.items():
             account = known.get(source)
@@ -2850,18 +2867,20 @@ class Store:
     def tidy(self, now_us: int) -> bool:
         """One step of retention in a transaction of its own. True if there may be more.
 
-        It looks first, by reading, and begins to write only if something has to go: a
-        service without work writes nothing. Raises StoreFailed.
-
-        That means: this step removed something, or found a topic to be within
+        There may be more if this step removed something, or found a topic to be within
         its limit. The caller asks again until neither happens.
+
+        It looks first, by reading, and begins to write only if something may have to
+        go: a service without work writes nothing. Raises StoreFailed.
         """
         now = Moment(now_us, self._monotonic_us())
         self._look_at_clocks(now)
         rows = self._settings.trim_rows
         with snapshot(self.db):
             self._refresh()
-            expired = self._expired_seqs(0, rows, rows).seqs or self._patrol(rows)
+            expired = self._expired_seqs(after_seq=0, look_at=rows, at_most=rows).seqs
+            if not expired:
+                expired = self._patrol(rows)
         if not expired and not self._perhaps_crowded:
             return False
         crowded = len(self._perhaps_crowded)
@@ -2888,7 +2907,7 @@ class Store:
             return None
         return self._dedup_retention.reached()
 
-    def _apply_retention(self, now: Moment, at_most: int) -> int:
+    def _apply_retention(self, at_most: int) -> int:
         """Remove up to `at_most` events that are due; returns how many it was.
 
         Expire by age first; the limit per topic applies to the rest. `at_most` is twice
@@ -2897,7 +2916,8 @@ class Store:
         """
         if not at_most:
             return 0
-        removed = self._remove(self._expired_seqs(0, at_most, at_most).seqs)
+        expired = self._expired_seqs(after_seq=0, look_at=at_most, at_most=at_most)
+        removed = self._remove(expired.seqs)
         removed += self._remove(self._surplus_seqs(at_most - removed))
         return removed
 
@@ -2946,7 +2966,7 @@ class Store:
         return _Expired(seqs, end)
 
     def _patrol(self, at_most: int) -> List[int]:
-        """Look for expired events where nobody looks: after others that stay.
+        """Look for expired events that stand behind others which stay.
 
         With a right clock the oldest events expire first, and the scan from the
         beginning finds them. Events that arrived by a clock that was ahead stay longer,
@@ -3269,7 +3289,7 @@ class Erasure(NamedTuple):
 
 
 def keys_learned(decision: Decision) -> Dict[bytes, Known]:
-    """What the index knows of the new records of a decision that was committed."""
+    """What the index knows of a decision's new records once it has learned them."""
     learned: Dict[bytes, Known] = {}
     for seq, record in enumerate(decision.fresh, decision.first_seq):
         learned[record.key] = Known(seq, record.fingerprint, decision.arrived_us, "recent")
@@ -3367,6 +3387,20 @@ def delay_bucket(delay_us: int) -> str:
         if delay_us <= bound * 1_000_000:
             return str(bound)
     return "inf"
+
+
+def gaps_for_each(sources: int, settings: StoreSettings) -> int:
+    """How many gaps are kept for each of so many sources.
+
+    The more sources count, the fewer: a request that names them all has to read all
+    their gaps. Ten for each, however many there are: fewer would not show where a
+    source loses events.
+
+    >>> [gaps_for_each(sources, StoreSettings()) for sources in (1, 10_000, 1_000_000)]
+    [500, 10, 10]
+    """
+    fair_share = settings.gaps_in_all // max(1, sources)
+    return min(settings.gaps_kept, max(10, fair_share))
 
 
 class SequenceAccount(NamedTuple):
@@ -3549,8 +3583,8 @@ CHECKS = (
     # A new event gets the next seq, so the last seq given out is the number of all new
     # events ever. Without a row of totals the sum is NULL, which is wrong, too.
     Check(
-        "the books balance: there are as many unique events as seqs given out, and less those"
-        " removed as many as in the log",
+        "the books balance: there are as many unique events as seqs given out; without those"
+        " removed, there are as many as in the log",
         """
         SELECT ifnull(sum(
             abs(uniques - (SELECT ifnull(max(seq), 0) FROM sqlite_sequence))
@@ -3779,7 +3813,7 @@ def sync_file(path: str) -> None:
 #
 # Where events are found. In two places: the sorted tables (`listing`, `by_time`) hold
 # the place of every event up to their mark, and the end of the log holds the few
-# thousand since then. Every query here looks in both. The sorted tables only hold
+# thousand since then. Pages and counts look in both. The sorted tables only hold
 # places; the event itself is read from the log, by its seq.
 #
 # Answers are JSON texts made by SQL: the payload is JSON already and goes in as it is.
@@ -4155,7 +4189,7 @@ class Reader:
             self._payloads_at_once = max(1, min(self._limits.scan_payloads, fitting))
 
     def _how_many_fit(self, seqs: Sequence[int]) -> int:
-        """How many of these events make one page: one at least, or so many bytes.
+        """How many of these events make one page: as many as have room, at least one.
 
         It asks for a few sizes at a time and stops when the page is full: a thousand
         payloads of 4 MB are not read in order to return two of them.
@@ -4617,8 +4651,8 @@ GROUP_MAX_EVENTS = 2000
 # something to read is served.
 GATHER_EVENTS = 100
 GATHER_TURNS = 12
-# How often retention looks for work when nothing is published. `AgeLimit` needs the
-# looks, too: between two of them it sees that a clock was set.
+# How often retention looks for work besides the commits. `AgeLimit` needs the looks,
+# too: between two of them it sees that a clock was set.
 TIDY_INTERVAL_S = 1.0
 # A health check writes if no commit has proved for so long that the store can be
 # written. So checks every few seconds do not wear out an SD card.
@@ -5295,7 +5329,7 @@ class Pipeline:
         self._queue.task_done()
 
     async def _tidy(self) -> None:
-        """Housekeeping when nothing is published, once a second, until it is cancelled.
+        """Housekeeping once a second, until it is cancelled.
 
         Retention goes in steps, and a commit waits for one of them at most. Then erased
         text leaves the WAL, and the WAL and the disk are looked at. What fails is
@@ -6924,7 +6958,7 @@ PROBLEMS: Dict[str, Problem] = {
     "overloaded": Problem(
         503,
         "Too much is on its way at once",
-        "more than 64 MB arrive and leave, and this took longest: retry",
+        "more than 64 MB arrive and leave, and this was slow or came late: retry",
     ),
     "version-not-supported": Problem(
         505, "The HTTP version is not supported", "neither HTTP/1.1 nor HTTP/1.0"
@@ -8165,7 +8199,9 @@ async def publish_events(api: API, request: Request, peer: str) -> Response:
     With `wait=0` the answer says "stored": false: the events are queued, and a crash
     may lose them.
     """
-    wait, explain, list_verdicts = True, False, False
+    wait = True
+    explain = False
+    list_verdicts = False
     query = request.head.query
     if query:
         wait = read_flag(query, "wait", default=True)
@@ -11388,7 +11424,7 @@ aggregator_events_received_total 10
     problems=READING,
 )
 async def get_metrics(api: API, request: Request, peer: str) -> Response:
-    """The same for Prometheus."""
+    """The numbers of GET /stats, and more, for Prometheus."""
     numbers = await api.numbers()
     metrics = event_metrics(numbers)
     metrics += commit_metrics(api.pipeline, numbers)
@@ -15597,7 +15633,7 @@ DRILL_PATIENCE_S = 60.0
 # Longest pause in seconds between two looks at a running drill. A random part of it
 # passes, so that kills hit the service at all moments of its work.
 DRILL_PAUSE_S = 0.05
-# Seconds that `health` waits for an answer; Docker's HEALTHCHECK waits 30.
+# Seconds that `health` waits for an answer. The image's HEALTHCHECK waits 8.
 HEALTH_TIMEOUT_S = 5.0
 # Seconds after which a place is too old. Who follows a file writes it every 10.
 PLACE_FRESH_S = 60
@@ -17998,7 +18034,7 @@ SETTINGS = (
     Setting(
         "--max-events-per-topic",
         number_reader(0, 10**15),
-        "keep the newest so many events of each topic; 0 keeps all",
+        "keep so many events of each topic, the newest by their timestamp; 0 keeps all",
         variable="MAX_EVENTS_PER_TOPIC",
         default="0",
     ),
@@ -18188,21 +18224,19 @@ PUBLISH_SETTINGS = (
 
 RELAY_SETTINGS = (
     Setting("--from", parse_address, "the service to read", goes_to="from_url"),
-    Setting("--to", parse_address, "the other", goes_to="to_url"),
-    Setting(
-        "--token-from", read_token, "what the one asks for", variable="TOKEN_FROM", secret=True
-    ),
-    Setting("--token-to", read_token, "what the other asks for", variable="TOKEN_TO", secret=True),
+    Setting("--to", parse_address, "the service to write to", goes_to="to_url"),
+    Setting("--token-from", read_token, "the token for --from", variable="TOKEN_FROM", secret=True),
+    Setting("--token-to", read_token, "the token for --to", variable="TOKEN_TO", secret=True),
     Setting(
         "--token-from-file",
         read_client_token_file,
-        "a file that holds the one's token instead; it is read for each request",
+        "a file that holds the token for --from; it is read for each request",
         variable="TOKEN_FROM_FILE",
     ),
     Setting(
         "--token-to-file",
         read_client_token_file,
-        "the same for the other's token",
+        "a file that holds the token for --to; it is read for each request",
         variable="TOKEN_TO_FILE",
     ),
     Setting("--topic", read_name, "only this topic, or all that begin so: logs/*"),
@@ -18819,8 +18853,10 @@ def check_descriptors(least: int) -> None:
             os.close(descriptor)
 
 
-def weaker_promises() -> Iterator[str]:
-    """What this system keeps us from promising, as sentences."""
+def weaker_promises(settings: Settings) -> Iterator[str]:
+    """What this system, or a setting, keeps us from promising, as sentences."""
+    if settings.sync != "full":
+        yield "with --sync normal, a power cut may undo the last commits, though they were answered"
     if not hasattr(os, "O_DIRECTORY"):
         yield "a folder cannot be forced to the disk here, so a power cut may undo the first start"
     if not hasattr(signal, "SIGHUP"):
@@ -19051,7 +19087,7 @@ async def serve(settings: Settings, stop: StopRequest, limits: StopLimits) -> in
     api.scheme = "https" if settings.tls_cert else "http"
     urls = ", ".join(f"{api.scheme}://{address}" for address in addresses)
     log.info("LISTENING - %s, store %s, %s", urls, os.path.realpath(settings.db), versions())
-    for sentence in weaker_promises():
+    for sentence in weaker_promises(settings):
         log.warning("NOT PROMISED HERE - %s", sentence)
     if settings.retention:
         kept_s = settings.retention / 1_000_000

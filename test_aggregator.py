@@ -17826,6 +17826,12 @@ def test_where_a_promise_cannot_be_kept_the_start_says_so(tmp_path):
         assert sys.platform != "linux" or "NOT PROMISED" not in program.read_log()
 
 
+def test_a_start_that_does_not_wait_for_the_disk_says_so(tmp_path):
+    with Program(tmp_path / "s.db", "--sync", "normal") as program:
+        assert program.end() == 0
+        assert "with --sync normal, a power cut may undo the last commits" in program.read_log()
+
+
 def test_what_windows_lacks_is_not_needed_to_check(tmp_path):
     aggregator.Store(str(tmp_path / "s.db")).close()
     found = run("check", "--db", str(tmp_path / "s.db"), program=as_on_windows(tmp_path))
