@@ -8690,8 +8690,11 @@ def duplicate_facts(duplicate: Duplicate) -> Dict[str, Any]:
 def path_of_event(topic: str, event_id: str) -> str:
     """Where an event can be read, without the slash in front.
 
-    >>> path_of_event("logs/café", "a/b")
-    'events/logs/caf%C3%A9/a%2Fb'
+    Clients resolve the segments `.` and `..` (RFC 3986 §5.2.4), so their dots are
+    encoded, too. curl leaves them alone then; a browser resolves them all the same.
+
+    >>> path_of_event("logs/café", "a/b"), path_of_event("..", ".x")
+    ('events/logs/caf%C3%A9/a%2Fb', 'events/%2E%2E/.x')
     """
     segments = []
     for name in [*topic.split("/"), event_id]:
@@ -8699,6 +8702,8 @@ def path_of_event(topic: str, event_id: str) -> str:
         encoded = re.sub(
             rb"[^A-Za-z0-9._~-]", lambda found: b"%%%02X" % ord(found[0]), name.encode("utf-8")
         )
+        if encoded in (b".", b".."):
+            encoded = encoded.replace(b".", b"%2E")
         segments.append(encoded.decode("ascii"))
     return "/".join(["events", *segments])
 
@@ -11797,6 +11802,8 @@ const MAX_PAUSE_MS = 5000;
 // So often events are counted again while some arrive, and so long one search may look.
 const COUNT_MS = 15e3;
 const LOOKING_MS = 2000;
+// An event that is asked for by its seq, and does not come so soon, was removed.
+const GONE_MS = 2000;
 const FIELDS = ["topic", "source", "contains", "since", "until"];
 const UNIT_MS = { minute: 60e3, hour: 3600e3, day: 86400e3 };
 """
@@ -12558,9 +12565,42 @@ function jsonBlock(label, text) {
   return block;
 }
 
-async function readStored({ topic, event_id: id }) {
-  const path = [...topic.split("/"), id].map(encodeURIComponent).join("/");
-  return (await (await ask("events/" + path)).text()).trim();
+// The text of an event, by its seq: the first that a live tail from there shows. Its
+// address leads to another event at times: browsers resolve the dots of `a/../b`, and some
+// proxies decode %2F.
+async function readStored({ topic, event_id: id, seq }) {
+  const wire = new AbortController();
+  const options = { headers: { Accept: "application/x-ndjson" }, signal: wire.signal };
+  try {
+    const line = await firstLine(await ask(`events?follow=1&after=${seq - 1}`, options), wire);
+    const came = line ? readEvent(line) : {};
+    if (came.seq === seq && came.topic === topic && came.event_id === id) {
+      return line;
+    }
+  } catch (error) {
+    if (error.name !== "AbortError" && error.status !== 410) {
+      throw error;
+    }
+  }
+  throw new Refused({ detail: `The event with seq ${seq} is not stored any more` });
+}
+
+// What is stored comes at once. Silence means that there is nothing yet behind the cursor.
+async function firstLine(answer, wire) {
+  const silence = setTimeout(() => wire.abort(), GONE_MS);
+  const reader = answer.body.getReader();
+  const decoder = new TextDecoder();
+  let text = "";
+  while (!text.includes("\n")) {
+    const { value, done } = await reader.read();
+    clearTimeout(silence);
+    if (done) {
+      throw new TypeError("The answer ends within a line");
+    }
+    text += decoder.decode(value, { stream: true });
+  }
+  wire.abort();
+  return text.slice(0, text.indexOf("\n"));
 }
 """
 
