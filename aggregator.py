@@ -12074,8 +12074,11 @@ async function refreshNumbers() {
   }
 }
 
+// Nodes of one log have the same store, and one may be behind the other: a balancer may
+// have asked another node than before. Alone, fewer events mean that an old copy was restored.
 function isOtherStore(before, now) {
-  return now.store_id !== before.store_id || now.unique_processed < before.unique_processed;
+  const isFewer = !now.log && now.unique_processed < before.unique_processed;
+  return now.store_id !== before.store_id || isFewer;
 }
 
 // The state of the service in words, and whether it is "fine", "failing" or neither.

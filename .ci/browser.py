@@ -718,6 +718,20 @@ def check_the_page_says_that_the_store_was_replaced(browser, service):
     browser.until(f"{number_of('#arrived > li')} === 1")
 
 
+def check_nodes_of_one_log_are_one_store(browser, service):
+    ahead = {"store_id": "a", "unique_processed": 50}
+    behind = {"store_id": "a", "unique_processed": 49}
+    other = {"store_id": "b", "unique_processed": 51}
+    log = {"log": {"node": "n"}}
+
+    def is_other(before, now):
+        return browser.run(f"isOtherStore({json.dumps(before)}, {json.dumps(now)})")
+
+    assert is_other(ahead, behind)
+    assert not is_other({**ahead, **log}, {**behind, **log})
+    assert is_other({**ahead, **log}, {**other, **log})
+
+
 def run_axe(browser, name):
     """No finding of axe-core, if it is at hand."""
     if not AXE:
