@@ -11794,7 +11794,11 @@ const CHART_HEIGHT = 100;
 const POLL_MS = 1200;
 const POLL_HIDDEN_MS = 5000;
 // Longer without an answer, and the page says so: within two seconds, with the next look.
+// On a slow link so much longer as answers took lately, up to SLOW_MS; that is forgotten
+// by a tenth with each answer.
 const PATIENCE_MS = 1750;
+const SLOW_MS = 1500;
+const REMEMBERED = 0.9;
 const LOOK_MS = 250;
 // What an attempt waits for after a failure: twice as long with each, up to the larger.
 const PAUSE_MS = 250;
@@ -12027,6 +12031,8 @@ function unlock(event) {
 _SCRIPT_STATE = r"""
 let stats = null;
 let answeredAt = performance.now();
+// How long answers took lately, in milliseconds.
+let slowness = 0;
 let trouble = "";
 let replacedAt = "";
 // Names are asked for only when something came: this keeps an idle page under 2 kB a second.
@@ -12055,10 +12061,12 @@ async function refreshNumbers() {
     return;
   }
   try {
+    const sentAt = performance.now();
     const now = await readStats();
     const before = stats;
     stats = now;
     answeredAt = now.at;
+    slowness = Math.min(SLOW_MS, Math.max(REMEMBERED * slowness, now.at - sentAt));
     trouble = "";
     wantsNames = before === null || now.received !== before.received;
     shown.received = shown.received || now.received;
@@ -12086,7 +12094,8 @@ function currentState() {
   if (locked) {
     return ["Waiting for a token", ""];
   }
-  const silent = !document.hidden && performance.now() - answeredAt > PATIENCE_MS;
+  const silence = performance.now() - answeredAt;
+  const silent = !document.hidden && silence > PATIENCE_MS + slowness;
   if (trouble || silent) {
     return [trouble || "No answer from the service", "failing"];
   }

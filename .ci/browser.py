@@ -669,6 +669,34 @@ def check_the_page_says_within_two_seconds_that_nothing_answers(browser, service
     browser.until(FINE + " && document.title === 'aggregator'")
 
 
+def slow_down(browser, milliseconds):
+    """Let each GET /stats of the page take so much longer; 0 ends that."""
+    browser.run(
+        "window.quickFetch = window.quickFetch || fetch;"
+        "window.fetch = async (path, options) => {"
+        f"  await sleep(path.startsWith('stats') ? {milliseconds} : 0);"
+        "  return quickFetch(path, options);"
+        "}; 0"
+    )
+
+
+def check_a_slow_link_is_no_silence(browser, service):
+    browser.until(FINE)
+    for milliseconds in (500, 700, 1000):
+        slow_down(browser, milliseconds)
+        # The first slow answer may be taken for silence.
+        time.sleep(3)
+        states = set()
+        start = time.monotonic()
+        while time.monotonic() - start < 5:
+            states.add(browser.run(STATE))
+            time.sleep(0.1)
+        assert states == {"Storing events"}, (milliseconds, states)
+    slow_down(browser, 0)
+    # Not before the slowness is forgotten, silence is noticed as soon as usual.
+    browser.until("slowness < 100", 60)
+
+
 def check_the_page_says_that_nothing_can_be_stored(browser, service):
     if "health" not in json.loads(service.send("/stats")):
         return skip("this service has no health in /stats")
