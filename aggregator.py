@@ -11756,7 +11756,7 @@ _PAGE_BODY = """
 <div hidden><dt>Primary of the log<dd><b data-n="log.primary"></b></div>
 <div hidden><dt>Entry of the log<dd><b data-n="log.position"></b></div>
 <div hidden><dt>Entries not yet applied<dd><b data-n="log.lag_entries"></b></div>
-<div hidden><dt>Log was reached<dd><b data-n="log.lag_seconds" data-per="1"></b> s ago</div>
+<div hidden><dt>What is read here<dd>at most <b data-n="log.lag_seconds" data-per="1"></b> s old</div>
 </dl><ul id="gaps" class="live soft"></ul></section>
 </div>
 </main>
@@ -11792,7 +11792,8 @@ const MOST_DAYS = 10e3;
 const FEWEST_BARS = 24;
 const CHART_HEIGHT = 100;
 const POLL_MS = 1200;
-const POLL_HIDDEN_MS = 5000;
+// While nobody sees the answer, or it takes a token that is not there.
+const POLL_SELDOM_MS = 5000;
 // Longer without an answer, and the page says so: within two seconds, with the next look.
 // On a slow link so much longer as answers took lately, up to SLOW_MS; that is forgotten
 // by a tenth with each answer.
@@ -11964,7 +11965,7 @@ async function ask(path, options = {}) {
     return answer;
   }
   const problem = await readProblem(answer);
-  if (answer.status === 401 && sent === token) {
+  if (answer.status === 401 && sent === token && !locked) {
     lock(sent ? "This is not the token." : "Without its token this service shows nothing.");
   }
   throw new Refused(problem);
@@ -12015,12 +12016,16 @@ function unlock(event) {
   } catch {
     // It is kept until this page is closed.
   }
+  openUp();
+  refreshNumbers();
+}
+
+function openUp() {
   locked = false;
   trouble = "";
   answeredAt = performance.now();
   byId("key").hidden = true;
   document.querySelector("main").classList.remove("locked");
-  refreshNumbers();
   startSearch();
 }
 """
@@ -12057,9 +12062,6 @@ async function readStats() {
 }
 
 async function refreshNumbers() {
-  if (locked) {
-    return;
-  }
   try {
     const sentAt = performance.now();
     const now = await readStats();
@@ -12068,6 +12070,10 @@ async function refreshNumbers() {
     answeredAt = now.at;
     slowness = Math.min(SLOW_MS, Math.max(REMEMBERED * slowness, now.at - sentAt));
     trouble = "";
+    if (locked) {
+      // The service was started again without a token.
+      openUp();
+    }
     wantsNames = before === null || now.received !== before.received;
     shown.received = shown.received || now.received;
     showNumbers(now);
@@ -12175,6 +12181,8 @@ function boundSeconds(bound) {
 
 function showNames(id, field, names) {
   if (whyHeld(byId(id))) {
+    // The next numbers have them again.
+    wantsNames = true;
     return;
   }
   const rows = Object.entries(names).slice(0, LIMITS.names);
@@ -12938,7 +12946,7 @@ function changeVisibility() {
 async function watch() {
   for (;;) {
     await refreshNumbers();
-    await sleep(document.hidden ? POLL_HIDDEN_MS : POLL_MS);
+    await sleep(document.hidden || locked ? POLL_SELDOM_MS : POLL_MS);
   }
 }
 
