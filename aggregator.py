@@ -11520,7 +11520,7 @@ ol, ul { list-style: none; padding: 0; }
 pre, textarea, summary { font: 0.875rem/1.5 var(--mono); }
 .soft, dt, label, thead { color: var(--soft); font-size: 0.875rem; }
 .duplicate { color: var(--carbon); }
-.conflict, .refused { color: var(--red); }
+.conflict, .refused, .unknown { color: var(--red); }
 header, .row { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; align-items: baseline; }
 .end { margin-left: auto; }
 nav a { margin-right: 0.75rem; }
@@ -11975,7 +11975,8 @@ async function readProblem(answer) {
   try {
     return { status: answer.status, ...(await answer.json()) };
   } catch {
-    return { status: answer.status, detail: "A proxy answered with " + answer.status };
+    const detail = "A proxy answered with " + answer.status;
+    return { status: answer.status, detail, isFromProxy: true };
   }
 }
 
@@ -11984,7 +11985,7 @@ function explain(error) {
   if (error.name === "AbortError") {
     return "";
   }
-  return error instanceof Refused ? error.message : "No answer from the service; asking again";
+  return error instanceof Refused ? error.message : "No answer from the service";
 }
 
 function recallToken() {
@@ -12349,6 +12350,9 @@ async function runSearch(mine) {
   while (!mine.ended) {
     try {
       await untilVisible();
+      if (mine.ended) {
+        return;
+      }
       mine.wire = new AbortController();
       await (mine.found ? catchUp(mine) : findStored(mine));
       if (mine.filter.until) {
@@ -12356,19 +12360,26 @@ async function runSearch(mine) {
       }
       await follow(mine);
     } catch (error) {
-      if (error.status === 410) {
+      mine.fault = explain(error);
+      if (error.oldest_seq) {
         skipRemoved(mine, error.oldest_seq);
-      } else {
-        mine.fault = explain(error);
-        mine.away = document.hidden ? "while this tab was hidden" : "while there was no answer";
-      }
-      if (error.status >= 400 && error.status < 500 && error.status !== 410) {
+      } else if (isFinal(mine, error)) {
         return;
+      } else {
+        mine.fault = mine.fault && mine.fault + "; asking again";
+        mine.away = document.hidden ? "while this tab was hidden" : "while there was no answer";
       }
     }
     await sleep(mine.pause);
     mine.pause = Math.min(2 * mine.pause, MAX_PAUSE_MS);
   }
+}
+
+// A wrong filter stays wrong, and the form for the token begins anew. All else may pass: a
+// proxy is started again, or another node is asked.
+function isFinal(mine, error) {
+  const isOurs = error instanceof Refused && !error.isFromProxy;
+  return error.status === 401 || (isOurs && error.status < 500 && !mine.found);
 }
 
 function untilVisible() {
@@ -12381,8 +12392,10 @@ function untilVisible() {
 }
 
 // Seqs count the unique events, so their number is the newest seq. What is stored while we
-// look has a larger one, and comes with the tail.
+// look has a larger one, and comes with the tail. A search that was interrupted begins anew.
 async function findStored(mine) {
+  mine.next = null;
+  byId("stored").replaceChildren();
   mine.last = (await readStats()).unique_processed;
   await findOlder(mine);
   mine.found = true;
@@ -12508,7 +12521,8 @@ function followed() {
   if (search.filter.until) {
     return "A range with an end is not followed";
   }
-  return `Following: what arrives comes in here, the last ${ROWS}, in order of arrival`;
+  const anyTime = search.filter.since ? ", whatever its time" : "";
+  return `Following: what arrives comes in here${anyTime}, the last ${ROWS}, in order of arrival`;
 }
 
 function isHeldByButton() {
@@ -12860,6 +12874,11 @@ async function publish(event) {
     const { events, group } = await answer.json();
     addVerdict(events[0].verdict, "seq " + events[0].seq, ...whatHappened(events[0], group));
   } catch (error) {
+    if (!(error instanceof Refused) || (error.isFromProxy && error.status >= 500)) {
+      const again = "It may be stored, or not. Publish it again, and the verdict says which.";
+      addVerdict("unknown", "", explain(error), again);
+      return;
+    }
     const faults = (error.errors || []).map(({ field, message }) => `${field} ${message}`);
     addVerdict("refused", error.title || "", [explain(error), ...faults].join("; "));
   }

@@ -250,6 +250,21 @@ def search_for(browser, **filter):
     browser.until(f"{NOTE} !== 'Looking'")
 
 
+def intercept(browser, script):
+    """Run this before each request of the page; what it returns is the answer.
+
+    It has `path` and `options`, and `send` sends them. Opening the page ends it.
+    """
+    browser.run(
+        "window.trueFetch = window.trueFetch || fetch;"
+        "window.fetch = async (path, options = {}) => {"
+        "  const send = () => trueFetch(path, options);"
+        f"  {script};"
+        "  return send();"
+        "}; 0"
+    )
+
+
 # ---- What must hold ----
 
 
@@ -307,6 +322,28 @@ def check_what_is_published_twice_is_a_duplicate_and_the_page_says_why(browser, 
     assert refused.startswith("refused"), refused
     assert "JSON" in refused, refused
     browser.until(f"{text('[data-n=received]')} === '6' && {text('[data-n=conflicts]')} === '1'")
+
+
+def check_a_lost_answer_is_no_refusal(browser, service):
+    browser.run("drawId()")
+    intercept(
+        browser,
+        "if (options.method === 'POST') { await send(); throw new TypeError('lost') }",
+    )
+    unknown = publish_form(browser)
+    assert unknown.startswith("unknown"), unknown
+    assert "may be stored" in unknown and "asking" not in unknown, unknown
+    intercept(
+        browser, "if (options.method === 'POST') return new Response('slow', { status: 504 })"
+    )
+    unknown = publish_form(browser)
+    assert unknown.startswith("unknown") and "proxy answered with 504" in unknown, unknown
+    intercept(browser, "if (path.startsWith('events')) throw new TypeError('lost')")
+    browser.run(press("#download"))
+    browser.until(f"{text('#download')} === 'Download failed: No answer from the service'")
+    intercept(browser, "")
+    assert publish_form(browser).startswith("duplicate")
+    browser.open(service.url)
 
 
 def check_nothing_from_a_publisher_becomes_markup(browser, service):
@@ -677,6 +714,58 @@ def check_a_tab_that_was_hidden_marks_what_it_skipped(browser, service):
     assert browser.run(FINE)
 
 
+def check_a_search_that_was_hidden_shows_what_came_meanwhile(browser, service):
+    search_for(browser, topic="nothing yet")
+    browser.until(f"{NOTE}.startsWith('Following')")
+    # The first page finds nothing back to 2020, and the next one takes a while.
+    intercept(
+        browser,
+        "if (path.includes('limit=30') && !window.looked) {"
+        "  window.looked = true;"
+        "  return new Response('{\"events\":[],\"next\":\"d1577836800000000.1\"}');"
+        "}"
+        "await sleep(path.includes('cursor=') ? 1000 : 0)",
+    )
+    browser.run("location.hash = '#topic=looked for'")
+    browser.until("search.filter.topic === 'looked for' && search.next")
+    hide(browser, "true")
+    time.sleep(0.5)
+    service.publish(*[{"topic": "looked for", "event_id": str(number)} for number in range(5)])
+    time.sleep(1)
+    hide(browser, "false")
+    browser.until(f"search.found && {NOTE}.startsWith('Following')")
+    assert browser.run(number_of("#stored li, #arrived li")) == 5
+    browser.open(service.url)
+
+
+def check_one_wrong_answer_of_a_proxy_does_not_end_the_tail(browser, service):
+    for status in (404, 429, 502):
+        intercept(
+            browser,
+            "if (path.includes('follow=1') && !window.refused) {"
+            f"  window.refused = true; return new Response('no', {{ status: {status} }})"
+            "}",
+        )
+        browser.run("window.refused = false; window.notes = []; 0")
+        browser.run("setInterval(() => notes.push(search.fault), 20); 0")
+        search_for(browser, topic=f"proxied {status}")
+        browser.until(f"{NOTE}.startsWith('Following')")
+        said = f"A proxy answered with {status}; asking again"
+        browser.until(f"notes.includes({json.dumps(said)})", 5)
+        service.publish({"topic": f"proxied {status}", "event_id": "1"})
+        browser.until(f"{number_of('#arrived li')} === 1")
+    browser.open(service.url)
+
+
+def check_what_arrives_before_since_is_announced(browser, service):
+    search_for(browser, topic="late", since="1h")
+    browser.until(f"{NOTE}.startsWith('Following')")
+    service.publish({"topic": "late", "event_id": "long ago", "timestamp": "2005-01-01T00:00:00Z"})
+    browser.until(f"{number_of('#arrived li')} === 1")
+    assert "whatever its time" in browser.run(NOTE)
+    browser.open(service.url)
+
+
 def check_the_page_says_within_two_seconds_that_nothing_answers(browser, service):
     browser.until(FINE)
     service.process.send_signal(signal.SIGSTOP)
@@ -689,32 +778,19 @@ def check_the_page_says_within_two_seconds_that_nothing_answers(browser, service
     browser.until(FINE + " && document.title === 'aggregator'")
 
 
-def slow_down(browser, milliseconds):
-    """Let each GET /stats of the page take so much longer; 0 ends that."""
-    browser.run(
-        "window.quickFetch = window.quickFetch || fetch;"
-        "window.fetch = async (path, options) => {"
-        f"  await sleep(path.startsWith('stats') ? {milliseconds} : 0);"
-        "  return quickFetch(path, options);"
-        "}; 0"
-    )
-
-
 def check_a_slow_link_is_no_silence(browser, service):
     browser.until(FINE)
     for milliseconds in (700, 1000):
-        slow_down(browser, milliseconds)
+        intercept(browser, f"await sleep(path.startsWith('stats') ? {milliseconds} : 0)")
         # The first slow answer may be taken for silence.
-        browser.until(f"slowness > {milliseconds}")
-        browser.until(FINE)
+        time.sleep(3)
         states = set()
         start = time.monotonic()
         while time.monotonic() - start < 5:
             states.add(browser.run(STATE))
             time.sleep(0.1)
         assert states == {"Storing events"}, (milliseconds, states)
-    slow_down(browser, 0)
-    browser.run("slowness = 0")
+    browser.open(service.url)
 
 
 def check_the_page_says_that_nothing_can_be_stored(browser, service):
