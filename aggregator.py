@@ -11700,6 +11700,7 @@ _PAGE_BODY = """
 <svg id="bars" preserveAspectRatio="none" role="img" aria-label="Events by time"></svg>
 <figcaption class="row soft"><span id="bars-from"></span><span id="bars-say"></span>
 <span id="bars-to" class="end"></span></figcaption>
+<p id="bars-left" class="row soft"></p>
 </figure>
 <p class="row"><button id="hold" type="button" aria-pressed="false">Hold</button>
 <span id="note" class="soft"></span></p>
@@ -11789,6 +11790,8 @@ const CATCH_UP_EVENTS = 4000;
 const BARS = 200;
 const COUNTS = 1000;
 const MOST_DAYS = 10e3;
+// Of those outside the range of the bars, at most so many are asked for to be counted.
+const OUTSIDE = 100;
 const FEWEST_BARS = 24;
 const CHART_HEIGHT = 100;
 const POLL_MS = 1200;
@@ -12641,7 +12644,8 @@ async function firstLine(answer, wire) {
 # Events by time: bars from GET /counts, unique events above the axis, and below it
 # those repeats whose time is known.
 _SCRIPT_COUNTS = r"""
-let counted = { per: "day", counts: [] };
+// What GET /counts said, for which range, in milliseconds, and what is outside of it.
+let counted = { per: "day", counts: [], since: 0, until: 0, leftOut: [] };
 let countedAt = 0;
 
 async function showCounts(mine) {
@@ -12659,28 +12663,63 @@ async function showCounts(mine) {
 }
 
 // Counts from the oldest event that the filter finds to the newest, whatever their text.
+// A clock that is years ahead or behind must not hide all others, so the range ends
+// tomorrow at the latest, and begins MOST_DAYS before at the earliest.
 async function readCounts(mine) {
-  const query = new URLSearchParams(mine.filter);
-  query.delete("contains");
-  const from = await timeOfFirst(mine, query, "asc");
-  const to = await timeOfFirst(mine, query, "desc");
+  const filter = { ...mine.filter };
+  delete filter.contains;
+  const leftOut = [];
+  let from = await timeOfFirst(mine, filter, "asc");
+  let to = await timeOfFirst(mine, filter, "desc");
   if (Number.isNaN(from + to)) {
-    return { per: "day", counts: [] };
+    return { per: "day", counts: [], leftOut };
+  }
+  const tomorrow = Date.now() + UNIT_MS.day;
+  if (from < tomorrow && to >= tomorrow) {
+    leftOut.push(await countOutside(mine, { ...filter, since: instant(tomorrow) }));
+    filter.until = instant(tomorrow);
+    to = await timeOfFirst(mine, filter, "desc");
+  }
+  const earliest = to - MOST_DAYS * UNIT_MS.day;
+  if (from < earliest) {
+    leftOut.push(await countOutside(mine, { ...filter, until: instant(earliest) }));
+    filter.since = instant(earliest);
+    from = await timeOfFirst(mine, filter, "asc");
   }
   const fits = (unit) => to - from <= COUNTS * UNIT_MS[unit];
-  const since = Math.max(from, to - MOST_DAYS * UNIT_MS.day);
-  query.set("per", Object.keys(UNIT_MS).find(fits) || "day");
-  query.set("since", new Date(since).toISOString());
-  query.set("until", new Date(to + 1).toISOString());
-  return (await ask("counts?" + query, { signal: mine.wire.signal })).json();
+  const per = Object.keys(UNIT_MS).find(fits) || "day";
+  const range = { since: instant(from), until: instant(to + 1) };
+  const query = new URLSearchParams({ ...filter, ...range, per });
+  const { counts } = await (await ask("counts?" + query, { signal: mine.wire.signal })).json();
+  return { per, counts, since: from, until: to + 1, leftOut };
 }
 
+// A page that finds nothing and has a next one has looked at as much as a page may. Its
+// cursor says how far, in microseconds: there is nothing before it.
 async function timeOfFirst(mine, filter, order) {
-  const query = new URLSearchParams(filter);
-  query.set("order", order);
-  query.set("limit", 1);
-  const { events } = await (await ask("events?" + query, { signal: mine.wire.signal })).json();
-  return events.length > 0 ? Date.parse(events[0].timestamp) : NaN;
+  const query = new URLSearchParams({ ...filter, order, limit: 1 });
+  const answer = await ask("events?" + query, { signal: mine.wire.signal });
+  const { events, next } = await answer.json();
+  if (events.length > 0) {
+    return Date.parse(events[0].timestamp);
+  }
+  return next ? Math.floor(/-?[0-9]+/.exec(next)[0] / 1000) : NaN;
+}
+
+// A link to the events that a filter finds, with their number: so many as a page has.
+async function countOutside(mine, filter) {
+  const query = new URLSearchParams({ ...filter, limit: OUTSIDE });
+  const answer = await ask("events?" + query, { signal: mine.wire.signal });
+  const { count: found, next } = await answer.json();
+  const number = next ? count(found) + " or more" : count(found);
+  const where = filter.since ? "after " + clock(filter.since) : "before " + clock(filter.until);
+  return { filter, text: `${number} ${where}` };
+}
+
+// An instant as the service takes it: none is behind the year 9999.
+function instant(milliseconds) {
+  const text = new Date(milliseconds).toISOString();
+  return text.startsWith("+") ? "9999-12-31T23:59:59.999999Z" : text;
 }
 
 // At most BARS bars of equal width: {from, until, unique, repeats}, times in milliseconds.
@@ -12762,15 +12801,18 @@ function describeBars(bars, per, most, low) {
   put(byId("bars-to"), time(bars[bars.length - 1].until));
   const tallest = `at most ${count(most)} in ${wide}`;
   put(byId("bars-say"), `${count(total)} events${text}, ${tallest}${repeated}`);
+  const links = counted.leftOut.map((each) => filterLink(each.filter, each.text));
+  byId("bars-left").replaceChildren(...(links.length > 0 ? ["Left out: ", ...links] : []));
 }
 
 function time(milliseconds) {
-  return new Date(milliseconds).toISOString().slice(0, 16).replace("T", " ");
+  return instant(milliseconds).slice(0, 16).replace("T", " ");
 }
 
+// The first bar may begin before the range that is counted, and the last one end behind it.
 function narrow({ from, until }) {
-  const since = new Date(from).toISOString();
-  const range = { since, until: new Date(until).toISOString() };
+  const since = instant(Math.max(from, counted.since));
+  const range = { since, until: instant(Math.min(until, counted.until)) };
   location.hash = "#" + new URLSearchParams({ ...search.filter, ...range });
 }
 """

@@ -10237,6 +10237,12 @@ def test_an_event_is_written_as_the_page_cuts_it(desk):
         assert json.loads(payload) == json.loads(event)["payload"]
 
 
+def test_a_cursor_says_how_far_was_looked_as_the_page_reads_it(desk):
+    desk.publish(sample("1", timestamp="1969-12-31T23:59:59.5Z"), sample("2"))
+    following = desk.get("/events?limit=1").json["next"]
+    assert re.search("-?[0-9]+", following)[0] == "-500000"
+
+
 # Limits, which the desk makes up; and what is known only after a while.
 NOT_IN_STATS = {"limits.queue_max_size", "disk_free_bytes", "days_until_full"}
 ONLY_WITH_A_LOG = {"node", "primary", "position", "lag_entries", "lag_seconds"}

@@ -452,6 +452,72 @@ def check_a_bar_narrows_the_range(browser, service):
     assert browser.run(number_of("#stored li")) > 0
 
 
+def bars_of(browser, **filter):
+    """What the histogram of this filter says, and what it leaves out."""
+    browser.run("counted.counts = null; byId('counts').hidden = true; 0")
+    search_for(browser, **filter)
+    browser.until("counted.counts && !byId('counts').hidden")
+    return browser.run(text("#bars-say")), browser.run(text("#bars-left"))
+
+
+# Clocks that are wrong: what is said to be left out, if anything, and the filter of it.
+WRONG_CLOCKS = {
+    "1970-01-01T00:00:00Z": "Left out: 1 before 19",
+    "2099-01-01T00:00:00Z": "Left out: 1 after 20",
+    "9999-12-31T23:59:59.999Z": "Left out: 1 after 20",
+}
+
+
+def check_a_wrong_clock_does_not_hide_the_other_events(browser, service):
+    for number, (timestamp, said) in enumerate(WRONG_CLOCKS.items()):
+        topic = f"clock {number}"
+        for minute in range(5):
+            right = {"topic": topic, "timestamp": f"2024-01-01T00:0{minute}:00Z"}
+            service.publish(*[{**right, "event_id": f"{minute} {n}"} for n in range(100)])
+        service.publish({"topic": topic, "event_id": "wrong", "timestamp": timestamp})
+        bars, left_out = bars_of(browser, topic=topic)
+        assert bars.startswith("500 events, at most 100 in a minute"), bars
+        assert left_out.startswith(said), left_out
+        browser.run(press("#bars-left a"))
+        browser.until(f"search.found && {text('#stored')}.includes('{timestamp[:10]}')")
+        assert browser.run(number_of("#stored li")) == 1
+    # Alone, it has a bar, also at the end of time.
+    service.publish({"topic": "far", "event_id": "1", "timestamp": "9999-12-31T23:59:59.5Z"})
+    bars, left_out = bars_of(browser, topic="far")
+    assert bars.startswith("1 events"), bars
+    assert left_out == ""
+    browser.run("document.querySelector('#bars .zone').dispatchEvent(new MouseEvent('click'))")
+    browser.until(f"location.hash.includes('until') && search.found && {NOTE}.includes('range')")
+    assert browser.run(number_of("#stored li")) == 1
+
+
+def check_events_that_are_neither_oldest_nor_newest_have_bars(browser, service):
+    # A page of the service looks at 50,000 events; these are hidden behind them.
+    for batch in range(26):
+        many = {"topic": "many", "source": "many", "timestamp": "2024-06-01T00:00:00Z"}
+        service.publish(*[{**many, "event_id": f"{batch} {n}"} for n in range(2000)])
+    few = {"topic": "many", "source": "few", "timestamp": "2024-05-01T00:00:00Z"}
+    service.publish(*[{**few, "event_id": f"few {number}"} for number in range(30)])
+    for filter in ({"source": "few"}, {"source": "few", "topic": "man*"}):
+        bars, left_out = bars_of(browser, **filter)
+        assert bars.startswith("30 events"), bars
+        assert left_out == ""
+
+
+def check_a_click_on_a_bar_never_widens_the_range(browser, service):
+    event = {"topic": "months", "timestamp": "2020-01-01T00:30:00Z"}
+    days = [{**event, "event_id": "1"}]
+    for month in range(1, 13):
+        for year in range(2020, 2024):
+            timestamp = f"{year}-{month:02}-02T12:30:00Z"
+            days.append({**event, "event_id": timestamp, "timestamp": timestamp})
+    service.publish(*days)
+    bars_of(browser, topic="months", since="2020-03-02T12:30:00Z")
+    browser.run("document.querySelector('#bars .zone').dispatchEvent(new MouseEvent('click'))")
+    browser.until("location.hash.includes('until=')")
+    assert "since=2020-03-02T12%3A30" in browser.run("location.hash")
+
+
 def check_a_conflict_opens_with_both_contents(browser, service):
     for payload in ({"open": True, "same": 1}, {"open": False, "same": 1}):
         service.publish({"topic": "door", "event_id": "twice", "payload": payload})
@@ -739,6 +805,8 @@ def check_a_search_that_was_hidden_shows_what_came_meanwhile(browser, service):
 
 
 def check_one_wrong_answer_of_a_proxy_does_not_end_the_tail(browser, service):
+    search_for(browser, topic="nothing yet")
+    browser.until(f"{NOTE}.startsWith('Following')")
     for status in (404, 429, 502):
         intercept(
             browser,
