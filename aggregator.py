@@ -11623,7 +11623,6 @@ pre {
   white-space: pre-wrap;
 }
 mark { background: none; color: var(--red); font-weight: 700; text-decoration: underline; }
-.only-conflicts > .duplicate { display: none; }
 #repeats .list > li { color: inherit; }
 #verdicts > li { border-top: 1px solid var(--line); padding: 0.5rem 0; }
 #verdicts ol { padding-left: 1.25rem; list-style: decimal; }
@@ -11778,7 +11777,11 @@ const ROWS = LIMITS.rows;
 // At most half a list comes in at once, so that the mark of what was left out is seen.
 const WAITING = ROWS / 2;
 const PAGE_EVENTS = 30;
+// Duplicates in the list, and those that the service has, among which conflicts are sought.
 const REPEATS = 100;
+const REPEATS_KEPT = 500;
+// Texts of more lines are not compared: each line of one is held against each of the other.
+const MOST_LINES = 2000;
 // Of a payload in its row. The rest is built when the row is opened.
 const SUMMARY_CHARACTERS = 300;
 // A longer event is not kept: opening its row asks for it again.
@@ -11883,7 +11886,8 @@ function visible(text) {
 # is cut out of the text: a tokenizer of one expression is enough for that. The summary
 # of a row is light; the whole event is laid out when somebody opens it.
 _SCRIPT_JSON = r"""
-const JSON_TOKEN = /"[^"\\]*(?:\\.[^"\\]*)*"|[{}[\],:]|[^\s{}[\],:"]+/g;
+// A text may have been cut within a string.
+const JSON_TOKEN = /"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?$)|[{}[\],:]|[^\s{}[\],:"]+/g;
 
 // The texts of the objects in the one list of an answer.
 function listedTexts(answer) {
@@ -12219,7 +12223,8 @@ async function showWhatChanged(now) {
       await showGaps();
       shown.gaps = now.gaps;
     }
-    if (now.duplicate_dropped !== shown.repeats && !document.hidden) {
+    const isReading = document.hidden || whyHeld(byId("repeats-list"));
+    if (now.duplicate_dropped !== shown.repeats && !isReading) {
       await showRepeats(now);
     }
     if (now.received !== shown.received && performance.now() - countedAt > COUNT_MS) {
@@ -12579,7 +12584,7 @@ async function showEvent(details, event) {
   if (!details.open || details.querySelector("pre")) {
     return;
   }
-  const whole = jsonBlock("The event", "");
+  const whole = jsonBlock("The event " + visible(event.event_id), "");
   details.append(onlyThese(event), whole);
   try {
     whole.textContent = indented(visible(event.text || (await readStored(event))));
@@ -12595,9 +12600,10 @@ function onlyThese({ topic, source }) {
   return make("p", { className: "soft" }, "All of ", topicLink, ", all from ", sourceLink);
 }
 
+// A group and no region: there may be many, and a region would need a name of its own.
 function jsonBlock(label, text) {
   const block = make("pre", { tabIndex: 0, textContent: text });
-  block.setAttribute("role", "region");
+  block.setAttribute("role", "group");
   block.setAttribute("aria-label", label);
   return block;
 }
@@ -12823,18 +12829,30 @@ _SCRIPT_REPEATS = r"""
 let repeats = [];
 
 async function showRepeats(now) {
-  const list = byId("repeats-list");
-  if (whyHeld(list)) {
+  const onlyConflicts = byId("only-conflicts").checked;
+  const limit = onlyConflicts ? REPEATS_KEPT : REPEATS;
+  const { duplicates } = await (await ask("duplicates?limit=" + limit)).json();
+  if (onlyConflicts !== byId("only-conflicts").checked) {
     return;
   }
-  const { duplicates } = await (await ask("duplicates?limit=" + REPEATS)).json();
-  const all = count(now.duplicate_dropped);
-  const words = `The last ${count(duplicates.length)} of ${all}; earlier ones are only counted`;
+  const conflicts = duplicates.filter((repeat) => repeat.verdict === "conflict");
+  const listed = onlyConflicts ? conflicts : duplicates;
   repeats = duplicates;
-  list.replaceChildren(...duplicates.map(repeatRow));
-  put(byId("repeats-note"), now.duplicate_dropped > 0 ? words : "None yet");
+  byId("repeats-list").replaceChildren(...listed.map(repeatRow));
+  put(byId("repeats-note"), describeRepeats(now.duplicate_dropped, listed.length));
   drawBars();
   shown.repeats = now.duplicate_dropped;
+}
+
+function describeRepeats(all, listed) {
+  if (all === 0) {
+    return "None yet";
+  }
+  const last = `last ${count(repeats.length)} of ${count(all)}; earlier ones are only counted`;
+  if (listed === repeats.length) {
+    return "The " + last;
+  }
+  return `${listed === 0 ? "No conflict" : "Conflicts"} among the ${last}`;
 }
 
 function repeatRow(repeat) {
@@ -12857,8 +12875,7 @@ async function showComparison(details, repeat) {
   details.append(block);
   try {
     const original = readEvent(await readStored(repeat));
-    const first = content(original.source, original.payload);
-    const second = content(repeat.source, repeat.payload || "");
+    const first = content(original.source, original.payload + "}");
     const place = `stored as seq ${repeat.seq} at ${clock(repeat.first_seen)}`;
     const id = `Event id ${visible(repeat.event_id)}, ${place}`;
     block.append(make("p", { className: "soft" }, id));
@@ -12869,35 +12886,114 @@ async function showComparison(details, repeat) {
       block.append(jsonBlock("The original", first));
     } else {
       block.append(make("p", {}, "The original, which stays:"));
-      block.append(marked("The original", first, second));
-      const cut = repeat.payload.endsWith("}") ? "" : ", its beginning";
-      block.append(make("p", {}, `What came instead${cut}:`));
-      block.append(marked("What came instead", second, first));
+      const isCut = !isWhole(repeat.payload);
+      const second = content(repeat.source, repeat.payload + (isCut ? "" : "}"));
+      const [gone, come] = unpairedLines(first, second, isCut);
+      block.append(marked("The original", first, gone));
+      const cut = isCut ? ", its beginning, which alone is compared" : "";
+      const long = gone ? "" : ", too long to be compared";
+      block.append(make("p", {}, `What came instead${cut}${long}:`));
+      block.append(marked("What came instead", second, come));
     }
   } catch (error) {
     block.append(make("p", {}, explain(error)));
   }
 }
 
-function content(source, payload) {
-  return indented(visible(`{"source":${JSON.stringify(source)},"payload":${payload}}`));
+function content(source, payloadAndEnd) {
+  return indented(visible(`{"source":${JSON.stringify(source)},"payload":${payloadAndEnd}`));
 }
 
-// A text with those lines marked that the other does not have.
-function marked(label, text, other) {
-  const bare = (line) => line.replace(/,$/, "");
-  const known = new Set(other.split("\n").map(bare));
-  const block = jsonBlock(label, "");
-  for (const line of text.split("\n")) {
-    const words = line.trimStart();
-    const indent = line.slice(0, line.length - words.length);
-    block.append(indent, known.has(bare(line)) ? words : make("mark", {}, words), "\n");
+// The service keeps the beginning of a payload. An object that was cut is no JSON.
+function isWhole(payload) {
+  try {
+    JSON.parse(payload);
+    return true;
+  } catch {
+    return false;
   }
+}
+
+// Two sets of line numbers: the lines of each text that have no partner in the other, in
+// the same order (the longest common subsequence). Where the second text is only a
+// beginning, so much of the first is compared. Nothing for texts that are too long.
+function unpairedLines(first, second, isCut) {
+  const one = linesWithoutCommas(isCut ? first.slice(0, second.length) : first);
+  const two = linesWithoutCommas(second);
+  if (isCut) {
+    // The last line of a beginning is not whole.
+    one.pop();
+    two.pop();
+  }
+  if (one.length > MOST_LINES || two.length > MOST_LINES) {
+    return [];
+  }
+  // At i * width + j: how many pairs there are from line i of the one and j of the other on.
+  const width = two.length + 1;
+  const pairs = new Uint16Array((one.length + 1) * width);
+  for (let i = one.length - 1; i >= 0; i -= 1) {
+    for (let j = two.length - 1; j >= 0; j -= 1) {
+      const at = i * width + j;
+      const without = Math.max(pairs[at + width], pairs[at + 1]);
+      pairs[at] = one[i] === two[j] ? pairs[at + width + 1] + 1 : without;
+    }
+  }
+  const gone = new Set(one.keys());
+  const come = new Set(two.keys());
+  let i = 0;
+  let j = 0;
+  while (pairs[i * width + j] > 0) {
+    if (one[i] === two[j]) {
+      gone.delete(i);
+      come.delete(j);
+      i += 1;
+      j += 1;
+    } else if (pairs[(i + 1) * width + j] >= pairs[i * width + j + 1]) {
+      i += 1;
+    } else {
+      j += 1;
+    }
+  }
+  // Behind the last pair, the first text has as many lines to show as the beginning has.
+  const end = isCut ? i + two.length - j : one.length;
+  for (let line = end; line < one.length; line += 1) {
+    gone.delete(line);
+  }
+  return [gone, come];
+}
+
+// Lines as they are compared: what follows in the list makes no difference.
+function linesWithoutCommas(text) {
+  return text.split("\n").map((line) => line.replace(/,$/, ""));
+}
+
+// A text with these lines marked, if any.
+function marked(label, text, numbers) {
+  const block = jsonBlock(label, "");
+  // One piece of text up to each mark: a node for each line would be slow.
+  let plain = "";
+  for (const [number, line] of text.split("\n").entries()) {
+    const words = line.trimStart();
+    plain += line.slice(0, line.length - words.length);
+    if (numbers && numbers.has(number)) {
+      block.append(plain, make("mark", {}, words));
+      plain = "\n";
+    } else {
+      plain += words + "\n";
+    }
+  }
+  block.append(plain);
   return block;
 }
 
-function showOnlyConflicts() {
-  byId("repeats-list").classList.toggle("only-conflicts", byId("only-conflicts").checked);
+// The list is another one now, even if somebody reads it.
+async function showOnlyConflicts() {
+  shown.repeats = -1;
+  try {
+    await showRepeats(stats);
+  } catch (error) {
+    put(byId("repeats-note"), explain(error));
+  }
 }
 """
 

@@ -525,10 +525,8 @@ def check_a_conflict_opens_with_both_contents(browser, service):
     browser.until(f"{text(row)}.includes('door')")
     browser.run(press("#conflicts"))
     assert browser.run("byId('only-conflicts').checked")
-    assert browser.run(
-        "[...document.querySelectorAll('#repeats-list > .duplicate')]"
-        ".every(e => getComputedStyle(e).display === 'none')"
-    )
+    browser.until(f"{number_of('#repeats-list > .duplicate')} === 0")
+    browser.until(f"{text(row)}.includes('door')")
     browser.run(f"document.querySelector({json.dumps(row)}).open = true")
     opened = browser.until(
         f"{number_of(row + ' pre')} && document.querySelector('{row}').innerText"
@@ -542,6 +540,83 @@ def check_a_conflict_opens_with_both_contents(browser, service):
     browser.picture("conflict")
     browser.run(f"document.querySelector({json.dumps(row)}).open = false")
     browser.run(press("#only-conflicts"))
+    browser.until("repeats.length > 0 && !byId('only-conflicts').checked")
+
+
+def check_the_red_number_leads_to_conflicts_behind_many_duplicates(browser, service):
+    fields = {"topic": "door", "event_id": "behind"}
+    service.publish(*[{**fields, "payload": {"n": number}} for number in range(4)])
+    service.publish(*[{**fields, "payload": {"n": 0}} for _ in range(120)])
+    browser.open(service.url)
+    note = text("#repeats-note")
+    browser.until(f"{number_of('#repeats-list > .duplicate')} === 100")
+    browser.run(press("#conflicts"))
+    browser.until(f"{note}.startsWith('Conflicts among the last')")
+    assert browser.run(number_of("#repeats-list > .conflict")) >= 3
+    assert browser.run(number_of("#repeats-list > .duplicate")) == 0
+    service.publish(*[{**fields, "payload": {"n": 0}} for _ in range(500)])
+    browser.until(f"{note}.startsWith('No conflict among the last 500 of')")
+    assert browser.run(number_of("#repeats-list > li")) == 0
+    browser.run(press("#only-conflicts"))
+    browser.until(f"{note}.startsWith('The last 100 of')")
+
+
+# The original, what came instead, and the lines that are marked in both.
+MARKS = {
+    "values changed places": (
+        {"a": {"x": 1}, "b": {"x": 2}},
+        {"a": {"x": 2}, "b": {"x": 1}},
+        [['"x": 1', '"x": 2'], ['"x": 2', '"x": 1']],
+    ),
+    "one less of the same": ({"l": [1, 1]}, {"l": [1]}, [["1"], []]),
+    "a number as text": ({"n": 5}, {"n": "5"}, [['"n": 5'], ['"n": "5"']]),
+    "a name more": ({"a": 1, "c": 3}, {"a": 1, "b": 2, "c": 3}, [[], ['"b": 2']]),
+    "cut, first differs": (
+        {f"k{n:03}": "same" if n else "one" for n in range(200)},
+        {f"k{n:03}": "same" if n else "two" for n in range(200)},
+        [['"k000": "one"'], ['"k000": "two"']],
+    ),
+    "cut, much more at first": (
+        {f"k{n:03}": "same" for n in range(200)},
+        {"a": "x" * 1000, **{f"k{n:03}": "same" for n in range(200)}},
+        [[], ['"a": "' + "x" * 1000 + '"']],
+    ),
+    "cut within a string": (
+        {"a": 1, "z": "y " * 3000},
+        {"a": 2, "z": "y " * 3000},
+        [['"a": 1'], ['"a": 2']],
+    ),
+    "cut where an object ends": (
+        {"a": {"s": "x" * 2036}, "b": 1},
+        {"a": {"s": "x" * 2036}, "b": 2},
+        [[], []],
+    ),
+    "long": ({"l": list(range(120_000))}, {"l": [1]}, [[], []]),
+}
+
+
+def check_lines_that_differ_are_marked(browser, service):
+    for way, (first, second, wanted) in MARKS.items():
+        for payload in (first, second):
+            service.publish({"topic": "marks", "event_id": way, "payload": payload})
+        browser.until(f"repeats[0]?.event_id === {json.dumps(way)}")
+        row = "document.querySelector('#repeats-list details')"
+        start = time.monotonic()
+        browser.run(f"{row}.open = true")
+        browser.until(f"{row}.querySelectorAll('pre').length === 2")
+        took = time.monotonic() - start
+        assert took < 3, (way, took)
+        marks = f"[...{row}.querySelectorAll('pre')]"
+        marks += ".map(pre => [...pre.querySelectorAll('mark')].map(e => e.textContent))"
+        found = [[line.rstrip(",") for line in lines] for lines in browser.run(marks)]
+        assert found == wanted, (way, found)
+        said = browser.run(f"{row}.innerText")
+        assert ("its beginning" in said) == way.startswith("cut"), (way, said[-300:])
+        assert ("too long" in said) == (way == "long"), (way, said[-300:])
+        if "string" in way:
+            # The blanks of a string that was cut are there.
+            assert re.search('"z": "(y ){1000,}y?$', said.rstrip()), said[-300:]
+        browser.run(f"{row}.open = false")
 
 
 # Names whose address leads to another event: a browser resolves the dots.
@@ -945,6 +1020,12 @@ def check_the_page_fits_phone_and_desk_by_day_and_by_night(browser, service):
     browser.open(service.url)
     browser.until(FINE)
     publish_form(browser)
+    service.publish(*[{"topic": "door", "event_id": "1", "payload": {}} for _ in range(2)])
+    browser.until("repeats.length > 1 && repeats[1].delay_seconds >= 0")
+    for part in ("#stored", "#repeats-list"):
+        opening = f"[...document.querySelectorAll('{part} details')].slice(0, 2)"
+        browser.run(f"{opening}.forEach(e => e.open = true)")
+        browser.until(f"{number_of(part + ' [open] pre')} > 1")
     for width in (1440, 360):
         for scheme in ("light", "dark"):
             browser.size(width)
