@@ -11685,7 +11685,8 @@ _PAGE_BODY = """
 </p>
 
 <section id="events" class="live" tabindex="-1">
-<div class="row"><h2>Events</h2><p id="ranges" class="row soft"></p>
+<div class="row"><h2>Events</h2><p class="soft">times are UTC</p>
+<p id="ranges" class="row soft"></p>
 <p class="row soft end"><a id="download" href="#events">Download as NDJSON</a></p></div>
 <form id="filter" role="search">
 <label>Topic, or its start and * <input name="topic" type="search"></label>
@@ -11756,7 +11757,8 @@ _PAGE_BODY = """
 <div hidden><dt>Primary of the log<dd><b data-n="log.primary"></b></div>
 <div hidden><dt>Entry of the log<dd><b data-n="log.position"></b></div>
 <div hidden><dt>Entries not yet applied<dd><b data-n="log.lag_entries"></b></div>
-<div hidden><dt>What is read here<dd>at most <b data-n="log.lag_seconds" data-per="1"></b> s old</div>
+<div hidden><dt>What is read here
+<dd>at most <b data-n="log.lag_seconds" data-per="1"></b> s old</div>
 </dl><ul id="gaps" class="live soft"></ul></section>
 </div>
 </main>
@@ -11780,6 +11782,9 @@ const PAGE_EVENTS = 30;
 // Duplicates in the list, and those that the service has, among which conflicts are sought.
 const REPEATS = 100;
 const REPEATS_KEPT = 500;
+// Of missing sequence numbers: so many sources, and gaps of each.
+const SOURCES_WITH_GAPS = 20;
+const GAPS = 10;
 // Texts of more lines are not compared: each line of one is held against each of the other.
 const MOST_LINES = 2000;
 // Of a payload in its row. The rest is built when the row is opened.
@@ -11872,11 +11877,12 @@ function duration(seconds) {
 }
 
 // Characters that cannot be seen, or that turn the direction of what follows.
-const UNSEEN = /[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const UNSEEN =
+  /[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\u{e0000}-\u{e007f}]/gu;
 
 function visible(text) {
   return text.replace(UNSEEN, (character) => {
-    const code = character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+    const code = character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
     return "⟨U+" + code + "⟩";
   });
 }
@@ -12197,7 +12203,7 @@ function showNames(id, field, names) {
   byId(id).replaceChildren(
     ...rows.map(([name, { unique, duplicates }]) =>
       make("tr", {},
-        make("th", {}, filterLink({ [field]: name }, name)),
+        make("th", {}, nameLink(field, name)),
         make("td", {}, count(unique)),
         make("td", {}, count(duplicates)))));
 }
@@ -12238,13 +12244,17 @@ async function showWhatChanged(now) {
 }
 
 async function showGaps() {
-  const { sources } = await (await ask("gaps?limit=20")).json();
+  const { sources } = await (await ask("gaps?limit=" + SOURCES_WITH_GAPS)).json();
   byId("gaps").replaceChildren(
     ...sources.map(({ source, missing_count: missing, missing: ranges }) => {
-      const listed = ranges.slice(-10).map(([from, to]) => (to > from ? from + "–" + to : from));
-      const text = `: ${count(missing)} missing: ${listed.join(", ")}`;
-      return make("li", {}, filterLink({ source }, source), text);
+      const last = ranges.slice(-GAPS).map(([from, to]) => (to > from ? from + "–" + to : from));
+      const which = ranges.length > GAPS ? `, the last ${GAPS} gaps` : "";
+      const text = `: ${count(missing)} missing${which}: ${last.join(", ")}`;
+      return make("li", {}, nameLink("source", source), text);
     }));
+  if (sources.length === SOURCES_WITH_GAPS) {
+    byId("gaps").append(make("li", {}, "Sources that miss less are not listed."));
+  }
 }
 """
 
@@ -12255,7 +12265,7 @@ function readFragment() {
   const given = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
   const filter = {};
   for (const field of FIELDS) {
-    const value = (given.get(field) || "").trim();
+    const value = given.get(field);
     if (value) {
       filter[field] = value;
     }
@@ -12267,13 +12277,25 @@ function filterLink(filter, text) {
   return make("a", { href: "#" + new URLSearchParams(filter) }, visible(text));
 }
 
+// A link to all of a topic, or of a source. A topic that ends in * has none: it would be
+// taken for the start of others.
+function nameLink(field, name) {
+  if (field === "topic" && name.endsWith("*")) {
+    return visible(name);
+  }
+  return filterLink({ [field]: name }, name);
+}
+
+// Blanks around what somebody typed are not meant; those of a name in a link are.
 function submitFilter(event) {
   event.preventDefault();
   replacedAt = "";
   const filter = {};
   for (const [field, value] of new FormData(byId("filter"))) {
-    if (value.trim()) {
-      filter[field] = value.trim();
+    const isTyped = value !== search.filter[field];
+    const text = isTyped ? value.trim() : value;
+    if (text) {
+      filter[field] = text;
     }
   }
   const fragment = "#" + new URLSearchParams(filter);
@@ -12301,8 +12323,11 @@ function showFilter(filter) {
   put(byId("curl"), `curl -s ${accept}${key} '${href.replaceAll("'", "%27")}'`);
 }
 
+const DOWNLOAD = "Download as NDJSON";
+
 async function download(event) {
   event.preventDefault();
+  const asked = search;
   const link = byId("download");
   put(link, "Downloading …");
   try {
@@ -12311,9 +12336,11 @@ async function download(event) {
     const address = URL.createObjectURL(await answer.blob());
     make("a", { href: address, download: "events.ndjson" }).click();
     setTimeout(() => URL.revokeObjectURL(address), 60e3);
-    put(link, "Download as NDJSON");
+    put(link, DOWNLOAD);
   } catch (error) {
-    put(link, "Download failed: " + explain(error));
+    if (asked === search) {
+      put(link, "Download failed: " + explain(error));
+    }
   }
 }
 """
@@ -12349,6 +12376,7 @@ function startSearch() {
   byId("stored").replaceChildren();
   byId("older").hidden = true;
   put(byId("joint"), "");
+  put(byId("download"), DOWNLOAD);
   showFilter(search.filter);
   runSearch(search);
   showCounts(search);
@@ -12409,7 +12437,7 @@ async function findStored(mine) {
   mine.found = true;
   mine.fault = "";
   const none = mine.next ? "None of the newest events matches" : "No stored event matches";
-  const text = `Stored before ${clockNow()}, newest first; times are UTC`;
+  const text = `Stored before ${clockNow()}, newest first`;
   put(byId("joint"), byId("stored").children.length > 0 ? text : none);
 }
 
@@ -12595,8 +12623,8 @@ async function showEvent(details, event) {
 
 // Links to all events of the same topic, and of the same source.
 function onlyThese({ topic, source }) {
-  const topicLink = filterLink({ topic }, topic);
-  const sourceLink = filterLink({ source }, source);
+  const topicLink = nameLink("topic", topic);
+  const sourceLink = nameLink("source", source);
   return make("p", { className: "soft" }, "All of ", topicLink, ", all from ", sourceLink);
 }
 
@@ -13151,9 +13179,12 @@ PAGE_SCRIPT = "".join(
 # A tag that wants a number, and what to divide it by.
 _NUMBER_TAG = re.compile(r'data-n="([a-z_.]+)"(?: data-per="([0-9]+)")?>')
 
-# Characters that turn the direction of others. A name must be readable in the order in
-# which it is compared.
-_DIRECTION_CHARACTERS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# Characters that cannot be seen, or that turn the direction of others. Names that are not
+# the same must not look the same. The script has the same list.
+_UNSEEN = re.compile(
+    r"[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\U000e0000-\U000e007f]"
+)
 
 _SCRIPT_MISSING = (
     "Without JavaScript this page shows the numbers of the moment when it was loaded. "
@@ -13171,9 +13202,7 @@ def _as_text(name: str) -> str:
     >>> _as_text('<b>"\u202e')
     '&lt;b>&quot;⟨U+202E⟩'
     """
-    for character in _DIRECTION_CHARACTERS:
-        if character in name:
-            name = name.replace(character, f"⟨U+{ord(character):04X}⟩")
+    name = _UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", name)
     name = name.replace("&", "&amp;")
     name = name.replace("<", "&lt;")
     return name.replace('"', "&quot;")

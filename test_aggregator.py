@@ -10153,10 +10153,19 @@ def test_what_publishers_send_is_never_markup():
             assert not name.startswith("on")
 
 
-@pytest.mark.parametrize("character", "\u061c\u200e\u200f\u202a\u202e\u2066\u2069")
-def test_a_character_that_turns_others_around_is_shown_by_its_number(character):
+TURNING = "\u061c\u200e\u200f\u202a\u202e\u2066\u2069"
+UNSEEN = "\0\n\x1b\x7f\x85\xad\u200b\u2028\u2060\ufeff\U000e0001\U000e0041"
+
+
+@pytest.mark.parametrize("character", TURNING + UNSEEN)
+def test_a_character_that_is_not_seen_or_turns_others_is_shown_by_its_number(character):
     topics = {f"a{character}b": {"unique": 1, "duplicates": 0}}
     assert f"a⟨U+{ord(character):04X}⟩b" in read_page({**PAGE_STATS, "topics": topics}).words
+
+
+def test_page_and_script_show_the_same_characters_by_their_numbers():
+    pattern = re.sub(r"\\U000(e00[0-9a-f]+)", r"\\u{\1}", aggregator._UNSEEN.pattern)
+    assert f"/{pattern}/gu" in aggregator.PAGE_SCRIPT
 
 
 @pytest.mark.parametrize("way", ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write"])

@@ -330,7 +330,7 @@ def check_a_lost_answer_is_no_refusal(browser, service):
         browser,
         "if (options.method === 'POST') { await send(); throw new TypeError('lost') }",
     )
-    unknown = publish_form(browser)
+    unknown = publish_form(browser, '{"door": "open"}')
     assert unknown.startswith("unknown"), unknown
     assert "may be stored" in unknown and "asking" not in unknown, unknown
     intercept(
@@ -349,14 +349,15 @@ def check_a_lost_answer_is_no_refusal(browser, service):
 def check_nothing_from_a_publisher_becomes_markup(browser, service):
     browser.run(f"byId('event').elements.topic.value = {json.dumps(MARKUP)}")
     publish_form(browser, json.dumps({"x": MARKUP}))
-    turned = "a\u202eb\u0085"
+    turned = "a\u202eb\u0085c\u00add\U000e0041"
     gaps = [{"event_id": f"g{n}", "source": MARKUP, "sequence": n} for n in (1, 4)]
     service.publish(*gaps, {"topic": "turn\u202e", "event_id": "1", "payload": {"text": turned}})
     browser.until(f"{text('#gaps')} === {json.dumps(MARKUP + ': 2 missing: 2–3')}")
     cells = "[...document.querySelectorAll('#tail summary span')]"
     browser.until(f"{cells}.filter(e => e.textContent === {json.dumps(MARKUP)}).length > 5")
     browser.until(f"{text('#tail')}.includes('turn⟨U+202E⟩')")
-    assert browser.run(f"{text('#tail')}.includes('a⟨U+202E⟩b⟨U+0085⟩')")
+    shown = "a⟨U+202E⟩b⟨U+0085⟩c⟨U+00AD⟩d⟨U+E0041⟩"
+    assert browser.run(f"{text('#tail')}.includes('{shown}')")
     for part in ("#tail details", "#repeats-list details"):
         browser.run(f"document.querySelectorAll({json.dumps(part)}).forEach(e => e.open = true)")
     browser.until(number_of("#tail pre") + " > 5")
@@ -400,6 +401,27 @@ def check_stored_events_are_found_and_the_address_keeps_the_filter(browser, serv
     browser.until(f"({NOTE}).includes('not followed')")
     search_for(browser, topic="there is none")
     assert browser.run(text("#joint")) == "No stored event matches"
+    assert "times are UTC" in browser.run("byId('events').innerText")
+
+
+def check_odd_names_lead_to_their_events(browser, service):
+    odd = (" lead", "star*", "star fish")
+    service.publish(*[{"topic": topic, "event_id": "1"} for topic in odd])
+    search_for(browser, topic="star*")
+    browser.until(f"{number_of('#stored li')} === 2")
+    browser.run("document.querySelectorAll('#stored details').forEach(e => e.open = true)")
+    links = "[...document.querySelectorAll('#stored .soft a')].map(e => e.textContent)"
+    # A topic that ends in * cannot be asked for alone.
+    assert sorted(browser.run(links)) == ["s", "s", "star fish"]
+    search_for(browser, topic=" lead")
+    browser.until(f"{number_of('#stored li')} === 1")
+    # Find asks for the same.
+    browser.run("search.found = false")
+    browser.run(press("#filter .main"))
+    browser.until(f"search.found && {number_of('#stored li')} === 1")
+    browser.run("byId('filter').elements.topic.value = ' star fish '")
+    browser.run(press("#filter .main"))
+    browser.until("location.hash === '#topic=star+fish'")
 
 
 def check_a_wrong_filter_is_explained(browser, service):
@@ -407,6 +429,17 @@ def check_a_wrong_filter_is_explained(browser, service):
     browser.run(f"location.hash = {search}")
     browser.until(f"{NOTE}.includes('since')")
     assert browser.run(FINE)
+    browser.run(press("#download"))
+    browser.until(f"{text('#download')}.startsWith('Download failed: since')")
+    browser.run("location.hash = ''")
+    browser.until(f"{text('#download')} === 'Download as NDJSON'")
+
+
+def check_the_last_gaps_of_a_source_are_said_to_be_the_last(browser, service):
+    gaps = [{"source": "many gaps", "sequence": 2 * n, "event_id": f"m{n}"} for n in range(40)]
+    service.publish(*gaps)
+    said = f"{text('#gaps')}.includes('many gaps: 39 missing, the last 10 gaps: 59, 61')"
+    browser.until(said)
 
 
 def check_text_is_found(browser, service):
@@ -863,7 +896,7 @@ def check_a_search_that_was_hidden_shows_what_came_meanwhile(browser, service):
         browser,
         "if (path.includes('limit=30') && !window.looked) {"
         "  window.looked = true;"
-        "  return new Response('{\"events\":[],\"next\":\"d1577836800000000.1\"}');"
+        '  return new Response(\'{"events":[],"next":"d1577836800000000.1"}\');'
         "}"
         "await sleep(path.includes('cursor=') ? 1000 : 0)",
     )
@@ -901,9 +934,9 @@ def check_one_wrong_answer_of_a_proxy_does_not_end_the_tail(browser, service):
 
 
 def check_what_arrives_before_since_is_announced(browser, service):
-    search_for(browser, topic="late", since="1h")
+    search_for(browser, topic="old", since="1h")
     browser.until(f"{NOTE}.startsWith('Following')")
-    service.publish({"topic": "late", "event_id": "long ago", "timestamp": "2005-01-01T00:00:00Z"})
+    service.publish({"topic": "old", "event_id": "1", "timestamp": "2005-01-01T00:00:00Z"})
     browser.until(f"{number_of('#arrived li')} === 1")
     assert "whatever its time" in browser.run(NOTE)
     browser.open(service.url)
