@@ -11785,8 +11785,9 @@ const REPEATS_KEPT = 500;
 // Of missing sequence numbers: so many sources, and gaps of each.
 const SOURCES_WITH_GAPS = 20;
 const GAPS = 10;
-// Texts of more lines are not compared: each line of one is held against each of the other.
-const MOST_LINES = 2000;
+// A text of more lines is shown as it came, and is not compared: to lay out 100,000 lines
+// takes a browser seconds.
+const MOST_LINES = 5000;
 // Of a payload in its row. The rest is built when the row is opened.
 const SUMMARY_CHARACTERS = 300;
 // A longer event is not kept: opening its row asks for it again.
@@ -11930,6 +11931,15 @@ function indented(text) {
     lines += token === ":" ? ": " : token;
   }
   return lines;
+}
+
+function isLong(lines) {
+  return lines.split("\n").length > MOST_LINES;
+}
+
+function laidOut(text) {
+  const lines = indented(text);
+  return isLong(lines) ? text : lines;
 }
 
 // The service writes the payload behind the names, so the first `,"payload":` is its own:
@@ -12615,7 +12625,7 @@ async function showEvent(details, event) {
   const whole = jsonBlock("The event " + visible(event.event_id), "");
   details.append(onlyThese(event), whole);
   try {
-    whole.textContent = indented(visible(event.text || (await readStored(event))));
+    whole.textContent = laidOut(visible(event.text || (await readStored(event))));
   } catch (error) {
     whole.textContent = explain(error);
   }
@@ -12911,7 +12921,7 @@ async function showComparison(details, repeat) {
       const same = repeat.verdict === "duplicate";
       const kept = "The original stays. The service kept no copy of what came instead.";
       block.append(make("p", {}, same ? "Source and payload are those of the original." : kept));
-      block.append(jsonBlock("The original", first));
+      block.append(jsonBlock("The original", laidOut(first)));
     } else {
       block.append(make("p", {}, "The original, which stays:"));
       const isCut = !isWhole(repeat.payload);
@@ -12929,7 +12939,7 @@ async function showComparison(details, repeat) {
 }
 
 function content(source, payloadAndEnd) {
-  return indented(visible(`{"source":${JSON.stringify(source)},"payload":${payloadAndEnd}`));
+  return visible(`{"source":${JSON.stringify(source)},"payload":${payloadAndEnd}`);
 }
 
 // The service keeps the beginning of a payload. An object that was cut is no JSON.
@@ -12944,17 +12954,20 @@ function isWhole(payload) {
 
 // Two sets of line numbers: the lines of each text that have no partner in the other, in
 // the same order (the longest common subsequence). Where the second text is only a
-// beginning, so much of the first is compared. Nothing for texts that are too long.
+// beginning, so much of the first is compared. Nothing for texts that are too long. The
+// second has a few hundred lines at most, because the service keeps no more.
 function unpairedLines(first, second, isCut) {
-  const one = linesWithoutCommas(isCut ? first.slice(0, second.length) : first);
-  const two = linesWithoutCommas(second);
+  const whole = indented(first);
+  const came = indented(second);
+  if (isLong(whole)) {
+    return [];
+  }
+  const one = linesWithoutCommas(isCut ? whole.slice(0, came.length) : whole);
+  const two = linesWithoutCommas(came);
   if (isCut) {
     // The last line of a beginning is not whole.
     one.pop();
     two.pop();
-  }
-  if (one.length > MOST_LINES || two.length > MOST_LINES) {
-    return [];
   }
   // At i * width + j: how many pairs there are from line i of the one and j of the other on.
   const width = two.length + 1;
@@ -12995,15 +13008,18 @@ function linesWithoutCommas(text) {
   return text.split("\n").map((line) => line.replace(/,$/, ""));
 }
 
-// A text with these lines marked, if any.
+// A text with these lines marked; without numbers, as it came.
 function marked(label, text, numbers) {
+  if (!numbers) {
+    return jsonBlock(label, text);
+  }
   const block = jsonBlock(label, "");
   // One piece of text up to each mark: a node for each line would be slow.
   let plain = "";
-  for (const [number, line] of text.split("\n").entries()) {
+  for (const [number, line] of indented(text).split("\n").entries()) {
     const words = line.trimStart();
     plain += line.slice(0, line.length - words.length);
-    if (numbers && numbers.has(number)) {
+    if (numbers.has(number)) {
       block.append(plain, make("mark", {}, words));
       plain = "\n";
     } else {
@@ -13131,7 +13147,11 @@ function changeVisibility() {
 async function watch() {
   for (;;) {
     await refreshNumbers();
-    await sleep(document.hidden || locked ? POLL_SELDOM_MS : POLL_MS);
+    const start = performance.now();
+    // In short steps: a tab that is seen again, or unlocked, does not wait for the long one.
+    do {
+      await sleep(POLL_MS);
+    } while ((document.hidden || locked) && performance.now() - start < POLL_SELDOM_MS);
   }
 }
 
