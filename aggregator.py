@@ -11749,6 +11749,11 @@ _PAGE_BODY = """
 <section><h2>Store</h2><dl class="facts">
 <div><dt>Stored<dd><b data-n="stored"></b> events</div>
 <div><dt>Size<dd><b data-n="store_bytes" data-per="1000000"></b> MB</div>
+<div><dt>Of each event<dd><b data-n="bytes_per_event"></b> bytes</div>
+<div hidden><dt>Growth in the last hour
+<dd><b data-n="growth_bytes_per_day.last_hour" data-per="1000000"></b> MB a day</div>
+<div hidden><dt>Growth in the last day
+<dd><b data-n="growth_bytes_per_day.last_day" data-per="1000000"></b> MB a day</div>
 <div><dt>Queue holds<dd><b data-n="limits.queue_max_size"></b> events</div>
 <div hidden><dt>Free on disk<dd><b data-n="disk_free_bytes" data-per="1000000000"></b> GB</div>
 <div hidden><dt>Full in<dd><b data-n="days_until_full" data-per="1"></b> days</div>

@@ -10253,7 +10253,13 @@ def test_a_cursor_says_how_far_was_looked_as_the_page_reads_it(desk):
 
 
 # Limits, which the desk makes up; and what is known only after a while.
-NOT_IN_STATS = {"limits.queue_max_size", "disk_free_bytes", "days_until_full"}
+NOT_IN_STATS = {
+    "limits.queue_max_size",
+    "disk_free_bytes",
+    "days_until_full",
+    "growth_bytes_per_day.last_hour",
+    "growth_bytes_per_day.last_day",
+}
 ONLY_WITH_A_LOG = {"node", "primary", "position", "lag_entries", "lag_seconds"}
 
 
@@ -10272,6 +10278,12 @@ def test_the_page_of_a_node_shows_where_it_is_in_the_log():
     assert 'data-n="log.position">1,234<' in page
     # A name is put in by the script, as text.
     assert 'data-n="log.node">–<' in page
+
+
+def test_the_page_tells_how_large_the_store_is_and_becomes():
+    named = set(re.findall(r'data-n="([^"]+)"', aggregator._PAGE_BODY))
+    assert {"store_bytes", "bytes_per_event", "disk_free_bytes", "days_until_full"} <= named
+    assert {f"growth_bytes_per_day.last_{period}" for period in ("hour", "day")} <= named
 
 
 def test_with_a_token_the_page_comes_without_numbers(desk):
