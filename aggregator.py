@@ -2571,15 +2571,20 @@ class Store:
         """
         now = Moment(now_us, self._monotonic_us())
         with self._transaction():
-            known = self.index.look_up(records)
-            decision = decide(records, known, self.last_seq, now_us)
-            self._append(decision)
-            # `last_seq` has moved already.
-            self.index.learn(after_seq=decision.first_seq - 1)
-            self._count(records, decision)
-
-            self._keep_house(now, new_events=len(decision.fresh))
+            decision = self._store_group(records, now)
         self._note_arrivals(now)
+        return decision
+
+    def _store_group(self, records: Sequence[Record], now: Moment) -> Decision:
+        """The steps of a commit, inside its transaction. `rehearse` does the same."""
+        known = self.index.look_up(records)
+        decision = decide(records, known, self.last_seq, now.wall_us)
+        self._append(decision)
+        # `last_seq` has moved already.
+        self.index.learn(after_seq=decision.first_seq - 1)
+        self._count(records, decision)
+
+        self._keep_house(now, new_events=len(decision.fresh))
         return decision
 
     # ---- Groups that come from a log (§14) ----
@@ -3121,8 +3126,7 @@ class Store:
         Raises StoreFailed.
         """
         # The listing knows the events of a topic, so it has to be complete.
-        with self._transaction():
-            self._feed_sorted_tables(at_least=1)
+        self.complete_sorted_tables()
         last = last_topic_of(topic) if prefix else topic
         return Erasure(topic, last, until_us, self.last_seq)
 
@@ -3227,6 +3231,29 @@ class Store:
         with self._transaction():
             self.db.execute("DELETE FROM progress WHERE part = 'probe'")
 
+    def complete_sorted_tables(self) -> None:
+        """Feed the sorted tables with all that waits for it. Raises StoreFailed.
+
+        A store may take events and be unable to do this. Then it takes them only until
+        `list_rows` of them wait.
+        """
+        with self._transaction():
+            self._feed_sorted_tables(at_least=1)
+
+    def rehearse(self, records: Sequence[Record], now_us: int) -> None:
+        """Prove that a group could be stored, and store nothing. Raises StoreFailed.
+
+        It does what the commit of the group does, and rolls it back. So it fails where
+        the commit would, say at a page that cannot be read: `probe` would never look at
+        the pages of these keys and topics. COMMIT itself is left to `probe`.
+        """
+        now = Moment(now_us, self._monotonic_us())
+        with contextlib.suppress(_Rehearsed), self._transaction():
+            self._store_group(records, now)
+            # The topics of the group have their places in the listing.
+            self._feed_sorted_tables(at_least=1)
+            raise _Rehearsed
+
     def _check_files(self) -> None:
         """Raise StoreFailed if a file of the store was deleted, moved or replaced.
 
@@ -3269,6 +3296,10 @@ class Store:
             file.close()
         with contextlib.closing(self._owner):
             self.db.close()
+
+
+class _Rehearsed(Exception):
+    """A group could be stored. It ends a transaction that is to be rolled back."""
 
 
 class Erasure(NamedTuple):
@@ -4657,8 +4688,11 @@ TIDY_INTERVAL_S = 1.0
 # A health check writes if no commit has proved for so long that the store can be
 # written. So checks every few seconds do not wear out an SD card.
 HEALTH_PROBE_S = 60.0
-# A commit that lasts longer is a failure: a disk hangs.
+# A commit, or another call of the store, that lasts longer is a failure: a disk hangs.
 COMMIT_HANGS_S = 5.0
+# Between two probes while commits fail. A probe is a few commits, and publishers wait
+# for them, however many ask for the health of the service.
+PROBE_PAUSE_S = 1.0
 # The largest write that a probe repeats, in bytes.
 PROBE_MAX_BYTES = 4 * 1024 * 1024
 # Up to so many events in a group, each gets a line at INFO; larger groups get one line.
@@ -4999,6 +5033,7 @@ class PipelineLimits(NamedTuple):
     group_events: int = GROUP_MAX_EVENTS
     tidy_interval_s: float = TIDY_INTERVAL_S
     health_probe_s: float = HEALTH_PROBE_S
+    probe_pause_s: float = PROBE_PAUSE_S
     commit_hangs_s: float = COMMIT_HANGS_S
     # For closing the store, once the queue is empty.
     close_s: float = 2.0
@@ -5026,8 +5061,9 @@ class Pipeline:
     writer's thread, so no other thread ever touches the Store. `clock_us` gives
     microseconds since 1970 UTC.
 
-    All variables belong to the event loop. The three threads get arguments and give
-    results, so there is no lock. Of the store, the loop reads what does not change, and
+    All variables belong to the event loop, but for `_call_began_s`, which the writer's
+    thread sets and the loop reads. The three threads get arguments and give results, so
+    there is no lock. Of the store, the loop reads what does not change, and
     `scrub_is_due`, which may be late by one call without harm.
 
     Three threads, each an executor with one worker and a queue of calls. The writer
@@ -5057,10 +5093,15 @@ class Pipeline:
         # begins with what the store had counted before.
         self._taken = 0
         self._stopping = False
-        # What the last commit failed of; None once one succeeds. And how large it was,
-        # so that a probe can try as much.
+        # What the last commit failed of; None once one succeeds. And what it held,
+        # without the payloads, and how large it was, so that a probe can try as much.
         self._trouble: Optional[Trouble] = None
+        self._failed_records: Sequence[Record] = ()
         self._failed_bytes = 0
+        # The probe that is under way, or the last. All health checks share it. By the
+        # loop's clock: when the next may begin while commits fail.
+        self._probing: Optional[asyncio.Task[None]] = None
+        self._next_probe_s = 0.0
         # Why the WAL cannot be written back; None while it can.
         self._wal_trouble: Optional[Trouble] = None
         # Whether the log has been told of it already: once for each time.
@@ -5070,6 +5111,9 @@ class Pipeline:
         # under way began.
         self._proven_s = 0.0
         self._commit_began_s: Optional[float] = None
+        # When the writer's thread began the call that it is at. Only that thread sets
+        # it; None while it is at none.
+        self._call_began_s: Optional[float] = None
         self.newest_seq = 0
         self.duplicates: Deque[Duplicate] = deque(maxlen=DUPLICATES_KEPT)
         self.last_commit = LastCommit(0, 0)
@@ -5114,7 +5158,18 @@ class Pipeline:
 
         The future gets the result of the call or its exception, in the event loop.
         """
-        return self._loop.run_in_executor(self._writer, call, *arguments)
+        return self._loop.run_in_executor(self._writer, self._call_store, call, *arguments)
+
+    def _call_store(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Run a call, in the writer's thread, and note when it began.
+
+        A disk may hang in any of them: `trouble` looks how long it has been.
+        """
+        self._call_began_s = self._loop.time()
+        try:
+            return call(*arguments)
+        finally:
+            self._call_began_s = None
 
     def _ask_reader(
         self, call: Callable[..., _Result], *arguments: Any
@@ -5175,12 +5230,17 @@ class Pipeline:
         # would wait for ever, so it is refused.
         if self._stopping or self._tasks[0].done():
             raise Stopping("the service is stopping: send again in a moment")
-        # A body that is larger than the bound is taken when nothing else waits.
-        too_many_bytes = self._waiting_bytes + size > self.limits.queue_bytes
-        if self._waiting_events + count > most or (self._waiting_events and too_many_bytes):
+        if self._waiting_events + count > most:
             raise QueueFull(
                 f"{self._waiting_events} of {most} events are queued and {count} more do not fit:"
                 " send again after Retry-After"
+            )
+        # A body that is larger than the bound is taken when nothing else waits.
+        most_bytes = self.limits.queue_bytes
+        if self._waiting_events and self._waiting_bytes + size > most_bytes:
+            raise QueueFull(
+                f"{self._waiting_bytes} of {most_bytes} bytes are queued and {size} more do not"
+                " fit: send again after Retry-After"
             )
 
     # ---- Consuming ----
@@ -5257,8 +5317,7 @@ class Pipeline:
         """Settle a group that is on disk, and remember that it went well."""
         commit_us = int((self._loop.time() - began_s) * 1_000_000)
         self._settle_group(group, decision, commit_us)
-        self._trouble = None
-        self._proven_s = self._loop.time()
+        self._note_success()
         self.last_commit = LastCommit(len(records), commit_us)
         self.commit_events.add(len(records))
         self.commit_seconds.add(commit_us / 1_000_000)
@@ -5310,6 +5369,12 @@ class Pipeline:
             reason,
             exc_info=None if expected else error,
         )
+        self._failed_records = [
+            # A payload may be large, and a probe needs only its size.
+            record._replace(payload="{}")
+            for batch in group
+            for record in batch.records
+        ]
         self._failed_bytes = sum(batch.size for batch in group)
         self._note_trouble(reason)
         for batch in group:
@@ -5523,8 +5588,9 @@ class Pipeline:
     def trouble(self) -> Optional[Trouble]:
         """Why events cannot be stored, as far as it is known without trying.
 
-        The gravest comes first: stopping, a task that has ended, a commit that hangs,
-        a commit that failed, a WAL that cannot be written back.
+        The gravest comes first: stopping, a task that has ended, a commit or another
+        call of the store that hangs, a commit that failed, a WAL that cannot be written
+        back. A commit is measured with waiting for its turn, any other call without.
         """
         now_s = self._loop.time()
         if self._stopping:
@@ -5532,17 +5598,25 @@ class Pipeline:
         for task, name in zip(self._tasks, ("consumer", "housekeeper")):
             if task.done():
                 return Trouble(f"the {name} has ended: please report the log", now_s)
-        if self._commit_began_s is not None:
-            lasts_s = now_s - self._commit_began_s
-            if lasts_s > self.limits.commit_hangs_s:
-                reason = f"a commit has been under way for {lasts_s:.0f} s: the disk hangs"
-                return Trouble(reason, self._commit_began_s)
+        under_way = (("a commit", self._commit_began_s), ("a call", self._call_began_s))
+        for what, began_s in under_way:
+            if began_s is not None and now_s - began_s > self.limits.commit_hangs_s:
+                lasts_s = now_s - began_s
+                reason = f"{what} has been under way for {lasts_s:.0f} s: the disk hangs"
+                return Trouble(reason, began_s)
         return self._trouble or self._wal_trouble
 
     def _note_trouble(self, reason: str) -> None:
         """Remember why nothing can be stored, and since when for the first time."""
         since_s = self._loop.time() if self._trouble is None else self._trouble.since_s
         self._trouble = Trouble(reason, since_s)
+
+    def _note_success(self) -> None:
+        """A write has just shown that events can be stored."""
+        self._trouble = None
+        self._failed_records = ()
+        self._failed_bytes = 0
+        self._proven_s = self._loop.time()
 
     async def health(self) -> str:
         """Why events cannot be stored right now, or "" if they can.
@@ -5556,31 +5630,48 @@ class Pipeline:
             return trouble.reason
         proof_is_old = self._loop.time() - self._proven_s > self.limits.health_probe_s
         if self._trouble is not None or proof_is_old:
-            await self._probe()
+            await self._share_probe()
         trouble = self.trouble()
         return "" if trouble is None else trouble.reason
 
-    async def _probe(self) -> None:
-        """Write as much as the failed commit did, to learn whether it works again.
+    async def _share_probe(self) -> None:
+        """Wait for the probe that is under way, or begin one.
 
-        As much, because a full disk often still has room for a single event. It does
-        not wait for ever: a disk that hangs would otherwise hang the health check, too.
+        A hundred checks at the same time cost publishers no more than one. It does not
+        wait for ever: a disk that hangs would otherwise hang the health check, too.
         """
-        size = min(self._failed_bytes, PROBE_MAX_BYTES)
-        probe = self._ask_writer(self._store.probe, size, self._clock_us())
-        done, _ = await asyncio.wait([probe], timeout=self.limits.commit_hangs_s)
+        if self._probing is None or self._probing.done():
+            self._probing = self._loop.create_task(self._probe())
+        # Whoever asks may go away. That cancels the waiting, and not the probe.
+        done, _ = await asyncio.wait([self._probing], timeout=self.limits.commit_hangs_s)
         if not done:
-            # Look at its exception when it ends, or asyncio complains that nobody did.
-            probe.add_done_callback(lambda late: late.cancelled() or late.exception())
             self._note_trouble("a write has been under way for too long: the disk hangs")
-            return
-        error = probe.exception()
-        if error is not None:
+
+    async def _probe(self) -> None:
+        """Do what the failed commit did, and write as much, to learn if it works again.
+
+        The same, because another commit may not touch what is damaged. As much, because
+        a full disk often still has room for a single event. One probe after the other,
+        with pauses: whoever asks in a pause waits for its end.
+        """
+        if self._trouble is not None:
+            await asyncio.sleep(self._next_probe_s - self._loop.time())
+        failed = self._failed_records
+        size = min(self._failed_bytes, PROBE_MAX_BYTES)
+        try:
+            if failed:
+                await self._ask_writer(self._store.rehearse, failed, self._clock_us())
+            await self._ask_writer(self._store.complete_sorted_tables)
+            await self._ask_writer(self._store.probe, size, self._clock_us())
+        except Exception as error:
+            # Whatever it is, a commit would meet it, too.
             self._note_trouble(str(error) or repr(error))
             return
-        self._trouble = None
-        self._failed_bytes = 0
-        self._proven_s = self._loop.time()
+        finally:
+            self._next_probe_s = self._loop.time() + self.limits.probe_pause_s
+        # A commit may have failed meanwhile: that one was not tried.
+        if self._failed_records is failed:
+            self._note_success()
 
     async def stop(self, timeout_s: float) -> bool:
         """Take nothing more, commit what is queued, close the store.
@@ -5598,9 +5689,12 @@ class Pipeline:
             drained = self._loop.create_task(self._queue.join())
             done, _ = await asyncio.wait([drained], timeout=timeout_s)
             clean = bool(done)
-            for task in [*self._tasks, drained]:
+            ending = [*self._tasks, drained]
+            if self._probing is not None:
+                ending.append(self._probing)
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*self._tasks, drained, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             closing = [
                 self._ask_reader(self._reader.close),
                 self._ask_accountant(self._accountant.close),

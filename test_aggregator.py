@@ -1985,6 +1985,18 @@ def faults_library(tmp_path_factory):
     return library
 
 
+def damage_listing(path, damaged, sound):
+    """Make pages of `listing` unreadable: those with one topic and without another."""
+    with open(path, "r+b") as file:
+        data = file.read()
+        for start in range(0, len(data), 4096):
+            page = data[start : start + 4096]
+            # 10: a leaf of a table WITHOUT ROWID. The books say "topic" beside a topic.
+            if page[0] == 10 and damaged in page and sound not in page and b"topic" not in page:
+                file.seek(start)
+                file.write(b"\xff" * 4096)
+
+
 def acknowledged_with_fault(library, path, what, number, error):
     """The ids that a writer acknowledged while its N-th operation of a kind failed."""
     environment = {
@@ -2107,6 +2119,30 @@ class Gate:
         if self.failure is not None:
             raise self.failure
         return self._commit(records, now_us)
+
+
+class SlowCall:
+    """A method of the store that waits in the writer's thread until opened."""
+
+    def __init__(self, pipeline, name):
+        self.calls = 0
+        self._opened = threading.Event()
+        self._call = getattr(pipeline._store, name)
+        setattr(pipeline._store, name, self._call_when_open)
+
+    def open(self):
+        """Let this call through, and all later ones."""
+        self._opened.set()
+
+    async def reached(self):
+        """Return when a call waits."""
+        while not self.calls:
+            await asyncio.sleep(0.001)
+
+    def _call_when_open(self, *arguments):
+        self.calls += 1
+        assert self._opened.wait(10)
+        return self._call(*arguments)
 
 
 COMMIT_FAILURES = {
@@ -9055,7 +9091,7 @@ def test_the_queue_is_bounded_in_bytes_too(path):
         gate = Gate(pipeline)
         # Alone, a body may be larger than the bound.
         first = await publish_soon(pipeline, [plain(1)], size=5000)
-        with pytest.raises(aggregator.QueueFull):
+        with pytest.raises(aggregator.QueueFull, match="5000 of 1000 bytes are queued and 1 more"):
             await pipeline.publish([plain(2)], 1)
         gate.open()
         await first
@@ -9188,6 +9224,151 @@ def test_health_writes_when_no_commit_has_shown_for_long_that_one_can(path):
         assert await pipeline.health() == "disk full"
 
     in_pipeline(path, body, limits={"health_probe_s": -1})
+
+
+def a_store_whose_listing_is_damaged(tmp_path):
+    """Its topic "spoilt" cannot be sorted, so not more than 99 events are taken for it."""
+    path = str(tmp_path / "damaged.db")
+    with open_store(path, list_rows=100) as store:
+        for topic in ("sound", "spoilt"):
+            store.commit(events_of(range(1000), topic=topic), NOW)
+    damage_listing(path, damaged=b"spoilt", sound=b"sound")
+    return path
+
+
+def spoilt_events(numbers):
+    return [plain(f"new-{number}", topic="spoilt") for number in numbers]
+
+
+def test_health_is_not_ok_while_what_failed_would_fail_again(tmp_path):
+    async def body(pipeline):
+        await pipeline.publish(spoilt_events(range(60)), 1)
+        for _ in range(3):
+            with pytest.raises(aggregator.StoreFailed, match="malformed"):
+                await pipeline.publish(spoilt_events(range(60, 120)), 1)
+            assert "malformed" in await pipeline.health()
+
+    path = a_store_whose_listing_is_damaged(tmp_path)
+    in_pipeline(path, body, limits={"probe_pause_s": 0}, list_rows=100)
+
+
+def test_health_is_not_ok_while_the_sorted_tables_cannot_be_fed(tmp_path):
+    async def body(pipeline):
+        await pipeline.publish(spoilt_events(range(99)), 1)
+        assert "malformed" in await pipeline.health()
+
+    path = a_store_whose_listing_is_damaged(tmp_path)
+    in_pipeline(path, body, limits={"health_probe_s": -1}, list_rows=100)
+
+
+def test_a_probe_looks_where_the_failed_events_would_go(path):
+    async def body(pipeline):
+        look_up = pipeline._store.index.look_up
+
+        def fail_for_one_key(records):
+            if any(record.event_id == "2" for record in records):
+                raise sqlite3.DatabaseError("database disk image is malformed")
+            return look_up(records)
+
+        pipeline._store.index.look_up = fail_for_one_key
+        with pytest.raises(aggregator.StoreFailed):
+            await pipeline.publish(plain_events([1, 2]), 1)
+        assert "malformed" in await pipeline.health()
+        pipeline._store.index.look_up = look_up
+        assert await pipeline.health() == ""
+        # The probe has stored nothing.
+        assert kinds_in(await pipeline.publish(plain_events([1, 2]), 1)) == ["new", "new"]
+
+    in_pipeline(path, body, limits={"probe_pause_s": 0})
+
+
+def test_a_rehearsal_changes_nothing(path):
+    with open_store(path, max_per_topic=8, **SMALL_INDEX) as store:
+        store.commit(events_of(range(100)), NOW)
+        before = everything_in(store)
+        store.rehearse(events_of(range(50, 150)), NOW)
+        with store._transaction():
+            pass
+        assert everything_in(store) == before
+        assert kinds_of(store, events_of([99, 100])) == ["duplicate", "new"]
+
+
+def test_health_checks_at_the_same_time_share_one_probe(path):
+    async def body(pipeline):
+        probe = SlowCall(pipeline, "probe")
+        checks = [asyncio.ensure_future(pipeline.health()) for _ in range(50)]
+        await probe.reached()
+        checks += [asyncio.ensure_future(pipeline.health()) for _ in range(50)]
+        # One that goes away takes nobody along.
+        checks.pop(0).cancel()
+        await one_turn()
+        probe.open()
+        assert set(await asyncio.gather(*checks)) == {""}
+        assert probe.calls == 1
+
+    in_pipeline(path, body, limits={"health_probe_s": -1})
+
+
+def test_while_commits_fail_probes_keep_a_distance(path):
+    async def body(pipeline):
+        began_s = []
+
+        def fail(records, now_us):
+            began_s.append(time.monotonic())
+            raise aggregator.StoreFailed("disk full")
+
+        rehearse = pipeline._store.rehearse
+        pipeline._store.commit = pipeline._store.rehearse = fail
+        with pytest.raises(aggregator.StoreFailed):
+            await pipeline.publish([plain(1)], 1)
+        for _ in range(4):
+            checks = [pipeline.health() for _ in range(10)]
+            assert set(await asyncio.gather(*checks)) == {"disk full"}
+        _, first, second, third, fourth = began_s
+        assert min(second - first, third - second, fourth - third) > 0.09
+        # The disk has room again, and that is not told later than it is known.
+        pipeline._store.rehearse = rehearse
+        assert await pipeline.health() == ""
+
+    in_pipeline(path, body, limits={"probe_pause_s": 0.1})
+
+
+def test_a_failure_while_a_probe_is_under_way_is_not_cleared_by_it(path):
+    async def body(pipeline):
+        probe = SlowCall(pipeline, "probe")
+        gate = Gate(pipeline)
+        gate.open()
+        gate.failure = aggregator.StoreFailed("disk full")
+        check = asyncio.ensure_future(pipeline.health())
+        await probe.reached()
+        # As if it had stood before the probe in the line of the writer.
+        pipeline._refuse_group([], 0, gate.failure)
+        pipeline._failed_records = [event(1)]
+        probe.open()
+        assert await check == "disk full"
+
+    in_pipeline(path, body, limits={"health_probe_s": -1})
+
+
+@pytest.mark.parametrize("name", ["erase_event", "begin_erasing", "tidy"])
+def test_any_call_of_the_store_that_lasts_too_long_is_a_failure(path, name):
+    async def body(pipeline):
+        call = SlowCall(pipeline, name)
+        pipeline.limits = pipeline.limits._replace(commit_hangs_s=0)
+        asking = {
+            "erase_event": lambda: pipeline.erase_event("t", "1"),
+            "begin_erasing": lambda: pipeline.erase_matching("t", False, None),
+        }
+        task = asyncio.ensure_future(asking.get(name, one_turn)())
+        await call.reached()
+        await ask_until(pipeline, lambda stats: stats["health"]["status"] == "failing")
+        assert "the disk hangs" in await pipeline.health()
+        pipeline.limits = pipeline.limits._replace(commit_hangs_s=1000)
+        call.open()
+        await task
+        assert await pipeline.health() == ""
+
+    in_pipeline(path, body, limits={"tidy_interval_s": 0.01})
 
 
 def test_a_commit_that_lasts_too_long_is_a_failure(path):
