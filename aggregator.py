@@ -213,12 +213,14 @@ import datetime
 import errno
 import functools
 import gc
+import io
 import itertools
 import json
 import logging
 import re
 import signal
 import sqlite3
+import stat
 import time
 import zlib
 from binascii import a2b_base64, b2a_base64
@@ -2073,6 +2075,9 @@ ADDED_IN_VERSION_3 = (
 )
 # user_version and application_id in the first 100 bytes of an SQLite file.
 _SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOTALL)
+# The number of pages before the transaction, in the header of a rollback journal
+# (SQLite file format §3).
+_JOURNAL_HEADER = re.compile(rb"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7.{8}(.{4}).{8}", re.DOTALL)
 
 
 def check_header(path: str) -> bool:
@@ -2080,10 +2085,12 @@ def check_header(path: str) -> bool:
 
     It reads the first 100 bytes and touches nothing. SQLite would not be so careful: a
     mere `PRAGMA journal_mode=WAL` changes the header of somebody else's database. An
-    empty file is taken for a new store, because SQLite itself begins with one. Raises
-    StoreError.
+    empty file is taken for a new store, because SQLite itself begins with one. A pipe
+    or a device is not even opened: that may wait for ever. Raises StoreError.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise StoreError(f"{path} is not a regular file: choose another --db")
         with open(path, "rb") as file:
             head = file.read(100)
     except FileNotFoundError:
@@ -2092,9 +2099,7 @@ def check_header(path: str) -> bool:
         raise StoreError(f"cannot read {path}: {error.strerror}")
     if not head:
         return False
-    if not head.strip(b"\0") and os.path.exists(path + "-journal"):
-        # The power went while the tables were being made. The journal says that nothing
-        # was there before, and SQLite will see to it.
+    if not head.strip(b"\0") and is_half_made(path):
         return False
     match = _SQLITE_HEADER.match(head)
     if match is None:
@@ -2110,7 +2115,22 @@ def check_header(path: str) -> bool:
             f" {OLDEST_SCHEMA_VERSION} to {SCHEMA_VERSION}: start the aggregator that wrote it,"
             " or choose another --db"
         )
-    return True
+    return not is_half_made(path)
+
+
+def is_half_made(path: str) -> bool:
+    """Whether the power went while the tables were being made in a new file.
+
+    Then there is a journal, and it says that the file had no pages before. The next
+    start has SQLite make the file empty again, and makes the tables anew. A journal
+    without its first eight bytes is none: SQLite would just delete it. Raises OSError.
+    """
+    try:
+        with open(path + "-journal", "rb") as file:
+            match = _JOURNAL_HEADER.match(file.read(28))
+    except FileNotFoundError:
+        return False
+    return match is not None and not any(match[1])
 
 
 def lock_store(path: str) -> sqlite3.Connection:
@@ -2135,7 +2155,8 @@ def lock_store(path: str) -> sqlite3.Connection:
     except (sqlite3.Error, OSError) as error:
         if owner is not None:
             owner.close()
-        if "locked" in str(error):
+        # The text of an OSError has the path in it, and a folder may be called "locked".
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             raise StoreError(
                 f"{path} belongs to another running aggregator: stop that one,"
                 " or choose another --db"
@@ -2150,15 +2171,18 @@ def lock_store(path: str) -> sqlite3.Connection:
 def make_file(path: str, like: str) -> None:
     """Make an empty file that only its owner may read, if there is none of this name.
 
-    Whatever the umask says: events may hold secrets. The superuser makes it for the
-    owner of `like`, so that a check run by root leaves nothing that the service cannot
-    use. Raises OSError.
+    Whatever the umask says: events may hold secrets, and the owner has to use it. The
+    superuser makes it for the owner of `like`, so that a check run by root leaves
+    nothing that the service cannot use. Raises OSError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     try:
         descriptor = os.open(path, flags, 0o600)
     except FileExistsError:
         return
+    # Some file systems have no modes, and Windows no fchmod. They have no umask, either.
+    with contextlib.suppress(OSError, AttributeError):
+        os.fchmod(descriptor, 0o600)
     os.close(descriptor)
     if hasattr(os, "geteuid") and os.geteuid() == 0 and os.path.exists(like):
         status = os.stat(like)
@@ -2184,7 +2208,8 @@ def refuse_other_names(path: str) -> None:
 
     The lock and the WAL go by the name of the file. Beside another name there is
     another FILE-owner, so a second process would get its lock and write to the same
-    file. Two WALs over one file destroy it.
+    file. Two WALs over one file destroy it. And who only reads, by a name that has no
+    WAL beside it, sees nothing of the last commits.
     """
     try:
         status = os.stat(path)
@@ -3717,6 +3742,7 @@ def check_store(path: str) -> Iterator[Tuple[bool, str]]:
     path = os.path.realpath(path)
     if not check_header(path):
         raise StoreError(f"there is no store at {path}")
+    refuse_other_names(path)
     with contextlib.closing(lock_store(path)):
         try:
             with contextlib.closing(connect(path)) as db:
@@ -3781,6 +3807,7 @@ def copy_store(path: str, target: str) -> StoreCopy:
     part = target + ".part"
     if not check_header(path):
         raise StoreError(f"there is no store at {path}")
+    refuse_other_names(path)
     _refuse_existing(target, "a backup never replaces a file: choose another name, or remove it")
     _refuse_existing(part, "a backup to this name is running, or was interrupted: then remove it")
     try:
@@ -3791,7 +3818,8 @@ def copy_store(path: str, target: str) -> StoreCopy:
         with contextlib.closing(connect(path)) as db:
             # Called now and then, so that Python hears a signal in the middle of it.
             db.set_progress_handler(lambda: 0, 100_000)
-            db.execute("VACUUM INTO :part", {"part": part})
+            # Bytes, because a name need not be UTF-8, and Python cannot bind such a text.
+            db.execute("VACUUM INTO CAST(:part AS TEXT)", {"part": os.fsencode(part)})
         copied = _check_copy(part)
         sync_file(part)
         os.rename(part, target)
@@ -13513,8 +13541,9 @@ async def index(api: API, request: Request, peer: str) -> Response:
 # D. a line: its pieces, its time, its id   E. a log: one name, many files
 # F. publish   G. relay
 #
-# Knows §1, and of the service only what it says over HTTP. Serving must not pay for
-# this section: what it needs beyond §1 is imported where it is used.
+# Knows §1, of §3 only `sync_folder`, and of the service only what it says over HTTP.
+# Serving must not pay for this section: what it needs beyond §1 is imported where it is
+# used.
 #
 #   * The place never stands behind an event that was neither acknowledged nor set
 #     aside.
@@ -14043,11 +14072,7 @@ class PlaceFile:
             _write_synced(self.path, data.ljust(os.path.getsize(self.path)), "r+b")
             return
         # Without this a power cut may undo the renaming.
-        folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(os.path.dirname(os.path.abspath(self.path)))
 
     def set_aside(self, event: bytes) -> None:
         """Keep a refused event in STATE.refused. Raises OSError."""
@@ -19070,6 +19095,18 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))
 
 
+def write_any_text() -> None:
+    """Have standard output and error show what they cannot encode as `\\xe9`.
+
+    A name may hold letters that a terminal does not have, or bytes that are no letters.
+    That must not end a command in an error when its work is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A program that calls `main` may have put something else in their place.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def hear_stop_signals(handler: Callable[[int, Any], Any]) -> None:
     """Have `handler` called for each signal that asks the process to end.
 
@@ -19627,6 +19664,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         complain(f"this is Python {sys.version.split()[0]}; 3.8 or newer is needed")
         return EXIT_BAD_SETTING
     open_closed_streams()
+    write_any_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = "serve"
     if words and not words[0].startswith("-"):

@@ -8850,6 +8850,21 @@ def test_a_file_with_a_second_name_is_refused(path, tmp_path):
 
 
 @needs_posix
+def test_what_reads_a_store_refuses_a_second_name(path, tmp_path):
+    with open_store(path) as store:
+        store.commit(events_of([1]), NOW)
+        other = str(tmp_path / "other.db")
+        os.link(path, other)
+        # It has no WAL beside it, and the event is in the WAL.
+        with pytest.raises(aggregator.StoreError, match="2 names"):
+            aggregator.copy_store(other, str(tmp_path / "copy.db"))
+        with pytest.raises(aggregator.StoreError, match="2 names"):
+            contradictions(other)
+        os.remove(other)
+    assert sorted(os.listdir(str(tmp_path))) == ["s.db", "s.db-owner"]
+
+
+@needs_posix
 def test_a_second_name_that_comes_later_stops_the_commits(path, tmp_path):
     with open_store(path) as store:
         os.link(path, str(tmp_path / "other.db"))
@@ -8877,13 +8892,18 @@ def test_a_mount_point_is_known_as_one(tmp_path):
     os.name != "posix" or os.geteuid() != 0 or not shutil.which("unshare"),
     reason="mounting takes the superuser and unshare",
 )
-def test_a_file_that_is_mounted_alone_is_refused(path, tmp_path):
+@with_cases("words", {"serve": ["--port", "0"], "check": ["check"], "backup": ["backup", "--to"]})
+def test_a_file_that_is_mounted_alone_is_refused(path, tmp_path, words):
     with open_store(path):
         pass
-    other = tmp_path / "other.db"
-    other.write_bytes(b"")
-    script = 'mount --bind "$1" "$2" && exec "$3" "$4" --port 0 --db "$2"'
-    words = ["unshare", "-m", "sh", "-c", script, "sh", path, str(other), sys.executable, PROGRAM]
+    other = str(tmp_path / "other.db")
+    with open(other, "wb"):
+        pass
+    if words[-1] == "--to":
+        words = [*words, str(tmp_path / "copy.db")]
+    script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    words = [sys.executable, PROGRAM, *words, "--db", other]
+    words = ["unshare", "-m", "sh", "-c", script, "sh", path, other, *words]
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=30)
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("nothing can be mounted here")
@@ -8892,8 +8912,9 @@ def test_a_file_that_is_mounted_alone_is_refused(path, tmp_path):
 
 
 @needs_posix
-def test_new_files_of_a_store_are_private_whatever_the_umask(path):
-    with umask(0), open_store(path):
+@pytest.mark.parametrize("mask", [0, 0o377, 0o777])
+def test_new_files_of_a_store_are_private_whatever_the_umask(path, mask):
+    with umask(mask), open_store(path):
         modes = {name: os.stat(path + name).st_mode & 0o777 for name in ("", "-owner", "-wal")}
     assert modes == {"": 0o600, "-owner": 0o600, "-wal": 0o600}
 
@@ -8910,6 +8931,32 @@ def test_a_check_by_root_leaves_nothing_that_the_service_cannot_use(path):
         pass
     assert os.stat(path + "-owner").st_uid == 65534
     os.chown(path, 0, 0)
+
+
+def test_a_folder_called_locked_is_no_lock(path, monkeypatch):
+    def refuse(name, like):
+        raise PermissionError(errno.EACCES, "Permission denied", "/locked/s.db-owner")
+
+    monkeypatch.setattr(aggregator, "make_file", refuse)
+    with pytest.raises(aggregator.StoreError, match="must be able to write it"):
+        aggregator.Store(path)
+    monkeypatch.undo()
+    aggregator.Store(path).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    for words in (["--port", "0"], ["check"], ["backup", "--to", str(tmp_path / "copy.db")]):
+        found = run(*words, "--db", pipe)
+        assert_refused(found, 1, "is not a regular file: choose another --db")
+    assert os.listdir(str(tmp_path)) == ["pipe"]
+
+
+def test_the_null_device_is_no_store():
+    with pytest.raises(aggregator.StoreError, match="not a regular file"):
+        aggregator.check_header(os.devnull)
 
 
 def test_an_owner_file_that_cannot_be_used_is_one_sentence(path):
@@ -8931,6 +8978,47 @@ def test_a_store_that_was_half_made_when_the_power_went_is_made_anew(path):
     with open_store(path) as store:
         store.commit(events_of([1]), NOW)
         assert store.received() == 1
+
+
+def test_a_store_whose_first_page_was_written_when_the_power_went_is_made_anew(path, tmp_path):
+    aggregator.Store(str(tmp_path / "whole.db")).close()
+    first_page = (tmp_path / "whole.db").read_bytes()[:4096]
+    subprocess.run([sys.executable, "-c", HALF_MADE, path], timeout=30)
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        file.write(first_page.ljust(size, b"\0"))
+    before = bytes_of_files(tmp_path)
+    with pytest.raises(aggregator.StoreError, match="there is no store"):
+        contradictions(path)
+    with pytest.raises(aggregator.StoreError, match="there is no store"):
+        aggregator.copy_store(path, str(tmp_path / "copy.db"))
+    assert bytes_of_files(tmp_path) == before
+    with open_store(path) as store:
+        store.commit(events_of([1]), NOW)
+        assert store.received() == 1
+
+
+def bytes_of_files(folder):
+    """The content of each file of a folder, by name."""
+    return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+@with_cases(
+    "journal",
+    {
+        "something else": b"Dear diary",
+        "zeros": bytes(512),
+        "of a file that had pages": b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + b"\1" * 504,
+    },
+)
+def test_a_file_of_zeros_beside_another_journal_is_refused_and_both_are_left(tmp_path, journal):
+    (tmp_path / "zeros.db").write_bytes(bytes(8192))
+    (tmp_path / "zeros.db-journal").write_bytes(journal)
+    before = bytes_of_files(tmp_path)
+    with pytest.raises(aggregator.StoreError, match="not an SQLite database"):
+        aggregator.Store(str(tmp_path / "zeros.db"))
+    assert bytes_of_files(tmp_path) == before
 
 
 def test_a_file_of_zeros_without_a_journal_is_refused_and_left_as_it_is(tmp_path):
@@ -13024,6 +13112,35 @@ def test_a_backup_that_cannot_be_made_leaves_everything_as_it_was(
     assert stored_ids("s.db") == ["1"]
 
 
+@with_cases("name", {"folder": b"caf\xe9/copy.db", "file": b"caf\xe9.db", "both": b"\xe9/\xff.db"})
+def test_a_backup_goes_under_a_name_that_is_not_utf8(path, tmp_path, name):
+    make_store(path, events_of(range(5)))
+    target = os.path.join(os.fsencode(str(tmp_path)), name)
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    os.remove(target)
+    found = run("backup", "--db", path, "--to", os.fsdecode(target))
+    assert found.returncode == 0, found
+    assert found.stderr == ""
+    assert "5 events, newest seq 5; checked" in found.stdout
+    assert contradictions(os.fsdecode(target)) == []
+    assert stored_ids(os.fsdecode(target)) == stored_ids(path)
+
+
+def test_a_backup_is_told_of_where_its_name_cannot_be_shown(path, tmp_path):
+    make_store(path, events_of(range(5)))
+    target = str(tmp_path / "café.db")
+    found = run("backup", "--db", path, "--to", target, PYTHONIOENCODING="ascii")
+    assert found.returncode == 0, found
+    assert found.stderr == ""
+    assert "/caf\\xe9.db: " in found.stdout
+    assert contradictions(target) == []
+
+
 def test_a_damaged_store_gives_no_backup(path_of_any_store, tmp_path):
     make_store(path_of_any_store, events_of(range(5)))
     with contextlib.closing(sqlite3.connect(path_of_any_store)) as db:
@@ -14469,6 +14586,20 @@ def test_a_place_that_cannot_be_replaced_is_written_where_it_is(tmp_path, monkey
     file.save([2], 0, "bytes", "")
     assert file.load() == [2]
     assert os.stat(file.path).st_ino == inode
+
+
+def test_a_place_is_saved_where_a_folder_cannot_be_opened(tmp_path, monkeypatch):
+    file = aggregator.PlaceFile(str(tmp_path / "place"), "/log")
+    open_file = os.open
+
+    def open_no_folder(path, *arguments, **named):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open_file(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", open_no_folder)
+    file.save([7], 0, "bytes", "")
+    assert file.load() == [7]
 
 
 def test_a_place_that_cannot_be_saved_is_told_and_delivery_goes_on(tmp_path, capsys):
