@@ -1746,9 +1746,14 @@ CACHE_KB = 16 * 1024
 CHECKPOINT_PAGES = 2000
 # The WAL's file is cut to this size when it begins anew, in bytes.
 WAL_KEEP_BYTES = 64 * 1024 * 1024
+# Beyond so many checkpoints' worth of pages it is looked whether the WAL can be written
+# back at all. A commit does that now and then, and SQLite tells nobody when it fails.
+WAL_LOOK_CHECKPOINTS = 4
 # Beyond this size, something keeps the WAL from being written back to the file: it is
 # more than 30 times as large as a checkpoint should leave it.
 WAL_WARN_BYTES = 256 * 1024 * 1024
+# A page in the WAL, with the header that SQLite puts before it.
+WAL_FRAME_BYTES = 24 + 4096
 # Characters of a payload that is long. A prepared statement keeps the values that were
 # bound to it last, and a connection keeps 300 statements of up to 2,048 rows. So longer
 # payloads are bound one at a time: the statement for one row keeps one.
@@ -2472,6 +2477,9 @@ class Store:
         self.store_id = query_value(self.db, "SELECT value FROM about WHERE name = 'store_id'")
         # A process that was killed may have left erased text in the WAL.
         self.scrub_is_due = True
+        # How large the WAL's file was when all of it was written back; see
+        # `checkpoint_note`.
+        self._wal_written_bytes = 0
         self._retention = self._age_limit(self._settings.retention_us)
         self._dedup_retention = self._age_limit(self._settings.dedup_retention_us)
         # The files that this store consists of, for `_check_files`.
@@ -3299,16 +3307,23 @@ class Store:
         when that fails. So when the WAL has grown, it is tried once more, to learn why.
         Raises StoreFailed if the file cannot be written, and OSError if the WAL is
         gone.
+
+        The WAL's file keeps its size when it begins anew. So after a success it is left
+        alone until it has grown beyond that size.
         """
         wal_bytes = os.stat(self.path + "-wal").st_size
-        if wal_bytes <= self._settings.wal_warn_bytes:
+        least = WAL_LOOK_CHECKPOINTS * self._settings.checkpoint_pages * WAL_FRAME_BYTES
+        self._wal_written_bytes = max(least, min(self._wal_written_bytes, wal_bytes))
+        if wal_bytes <= self._wal_written_bytes:
             return ""
         size = f"{self.path}-wal has {wal_bytes >> 20} MB"
         try:
             _, frames, written = self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except sqlite3.Error as error:
             raise StoreFailed(f"{size} and cannot be written back to the file: {error}")
-        if written < frames:
+        if written == frames:
+            self._wal_written_bytes = wal_bytes
+        elif wal_bytes > self._settings.wal_warn_bytes:
             return f"{size}: end the program that is reading the store"
         return ""
 
@@ -5433,7 +5448,6 @@ class Pipeline:
             try:
                 while await self._ask_writer(self._store.tidy, self._clock_us()):
                     pass
-                await self._scrub()
             except Exception as error:
                 log.error("HOUSEKEEPING FAILED - will try again: %s", error)
             await self._watch_checkpoints()
@@ -5457,12 +5471,17 @@ class Pipeline:
         self._disk_noted = bool(warning)
 
     async def _watch_checkpoints(self) -> None:
-        """Say once why the WAL grows. If it cannot be written back, health says so."""
+        """Say once why the WAL grows. If it cannot be written back, health says so.
+
+        Erased text leaves the WAL by writing it back, so that is a try as well.
+        """
         try:
+            await self._scrub()
             note = await self._ask_writer(self._store.checkpoint_note)
             self._wal_trouble = None
-        except (StoreFailed, OSError) as error:
-            note = str(error)
+        except Exception as error:
+            # Whatever it is, the next try may go through.
+            note = str(error) or repr(error)
             if self._wal_trouble is None:
                 self._wal_trouble = Trouble(note, self._loop.time())
         if note and not self._wal_noted:
@@ -11489,6 +11508,7 @@ def size_metrics(numbers: Dict[str, Any]) -> List[Metric]:
     """
     growth = numbers["growth_bytes_per_day"]
     is_healthy = int(numbers["health"]["status"] == "ok")
+    failing_s = numbers["health"]["since_seconds"]
     named = (
         ("store_bytes", "Size of the store and its write-ahead log.", numbers["store_bytes"]),
         ("bytes_per_event", "Size of the store for each event.", numbers["bytes_per_event"]),
@@ -11497,6 +11517,7 @@ def size_metrics(numbers: Dict[str, Any]) -> List[Metric]:
         ("disk_free_bytes", "Room on the disk.", numbers["disk_free_bytes"]),
         ("days_until_full", "When the disk is full.", numbers["days_until_full"]),
         ("healthy", "1 if events can be stored, as far as known.", is_healthy),
+        ("failing_seconds", "For how long they cannot be stored; 0 if they can.", failing_s),
     )
     return [gauge(name, meaning, number) for name, meaning, number in named if number is not None]
 

@@ -1744,6 +1744,25 @@ def fill_wal(store, numbers):
     return wal_bytes(store.path)
 
 
+class WatchedConnection:
+    """A connection that counts checkpoints, and fails them while it is told to."""
+
+    def __init__(self, db):
+        self.checkpoints = 0
+        self.fails = False
+        self._db = db
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+    def execute(self, statement, *values):
+        if "wal_checkpoint" in statement:
+            self.checkpoints += 1
+            if self.fails:
+                raise sqlite3.OperationalError("disk I/O error")
+        return self._db.execute(statement, *values)
+
+
 # Queries for the three rare events among a hundred.
 UNINDEXED_QUERIES = {
     "by source": aggregator.EventQuery(source="rare"),
@@ -8722,6 +8741,41 @@ def test_a_foreign_reader_makes_the_wal_grow_until_it_ends(path):
         assert store.checkpoint_note() == ""
 
 
+def test_a_wal_that_cannot_be_written_back_is_noticed_long_before_it_is_large(path):
+    with open_store(path, full_sync=False, checkpoint_pages=10) as store:
+        db = store.db = WatchedConnection(store.db)
+        fill_wal(store, range(3))
+        assert store.checkpoint_note() == ""
+        assert db.checkpoints == 0
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM stats").fetchall()
+            # Four checkpoints are 160 KB.
+            assert 200_000 < fill_wal(store, range(3, 20)) < 1_000_000
+            # A reader holds it up: that is no failure.
+            assert store.checkpoint_note() == ""
+        db.fails = True
+        for _ in range(2):
+            with pytest.raises(aggregator.StoreFailed, match="cannot be written back.*disk I/O"):
+                store.checkpoint_note()
+
+
+def test_a_wal_that_was_written_back_is_left_alone_until_it_grows(path):
+    with open_store(path, full_sync=False, checkpoint_pages=10) as store:
+        db = store.db = WatchedConnection(store.db)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM stats").fetchall()
+            grown = fill_wal(store, range(20))
+        for _ in range(3):
+            assert store.checkpoint_note() == ""
+        assert db.checkpoints == 1
+        # The file keeps its size, and begins anew.
+        assert fill_wal(store, range(20, 23)) == grown
+        assert store.checkpoint_note() == ""
+        assert db.checkpoints == 1
+
+
 @needs_linux
 def test_payloads_of_every_group_size_are_not_kept_in_memory(path):
     large = "x" * 2_000_000
@@ -9496,6 +9550,23 @@ def test_a_wal_that_grows_is_warned_of_once(path, caplog):
 
     in_pipeline(path, body, limits={"tidy_interval_s": 0})
     assert caplog.messages == ["WAL GROWS - it has 300 MB"]
+
+
+def test_a_wal_that_cannot_be_emptied_is_a_failure(path, caplog):
+    async def body(pipeline):
+        def fail():
+            raise aggregator.StoreFailed("the WAL cannot be written back: disk I/O error")
+
+        scrub = pipeline._store.scrub
+        pipeline._store.scrub = fail
+        pipeline._store.scrub_is_due = True
+        await ask_until(pipeline, lambda stats: stats["health"]["status"] == "failing")
+        assert "disk I/O error" in await pipeline.health()
+        pipeline._store.scrub = scrub
+        await ask_until(pipeline, lambda stats: stats["health"]["status"] == "ok")
+
+    in_pipeline(path, body, limits={"tidy_interval_s": 0})
+    assert caplog.messages == ["WAL GROWS - the WAL cannot be written back: disk I/O error"]
 
 
 def test_small_groups_are_logged_event_by_event_and_large_ones_in_a_line(path, caplog):
@@ -13010,6 +13081,7 @@ def test_stats_and_metrics_tell_the_size(desk):
     assert metrics.one("bytes_per_event") > 0
     assert metrics.one("disk_free_bytes") > 0
     assert metrics.one("healthy") == 1
+    assert metrics.one("failing_seconds") == 0
     assert metrics.one("commit_failures_total") == 0
     # Nobody knows yet.
     assert "days_until_full" not in metrics.values
@@ -13017,9 +13089,12 @@ def test_stats_and_metrics_tell_the_size(desk):
 
 def test_a_failed_commit_is_counted_and_is_not_healthy(locked):
     assert locked.post("/publish", sample("1")).status == 503
+    pipeline = locked.pipeline
+    pipeline._trouble = pipeline._trouble._replace(since_s=locked.loop.time() - 100)
     metrics = metrics_of(locked)
     assert metrics.one("commit_failures_total") == 1
     assert metrics.one("healthy") == 0
+    assert 100 <= metrics.one("failing_seconds") < 160
 
 
 def test_stats_list_as_many_names_as_are_asked_for(desk):
