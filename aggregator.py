@@ -1761,6 +1761,11 @@ LONG_PAYLOAD = 1024
 # Rows that one step of retention removes; about 10 ms. A commit that comes meanwhile
 # waits as long.
 TRIM_ROWS = 500
+# Bytes of payload after which a step of retention or of erasing ends, however few rows
+# it has removed: SQLite writes zeros over each of them. That takes about 35 ms.
+TRIM_BYTES = 4 * 1024 * 1024
+# So few rows are not weighed. A commit of one event removes two at most.
+TRIM_UNWEIGHED_ROWS = 2
 # Topics over their limit that one step of retention looks at; a query for each.
 TRIM_TOPICS = 100
 # Missing ranges of sequence numbers that are remembered for each source. When there are
@@ -1823,6 +1828,7 @@ class StoreSettings(NamedTuple):
     slices: int = SLICES
     list_rows: int = LIST_ROWS
     trim_rows: int = TRIM_ROWS
+    trim_bytes: int = TRIM_BYTES
     gaps_kept: int = GAPS_KEPT
     gaps_in_all: int = GAPS_IN_ALL
     checkpoint_pages: int = CHECKPOINT_PAGES
@@ -2899,8 +2905,9 @@ class Store:
     #
     # Two rules say what goes. By age: what arrived before the period of --retention. By
     # number: the oldest by timestamp of a topic that holds more than
-    # --max-events-per-topic. Each commit removes up to twice what it adds, so a flood
-    # never outruns retention; `tidy` does the rest in steps.
+    # --max-events-per-topic. Each commit removes up to twice as many as it adds, so a
+    # flood never outruns retention. `tidy` does the rest in steps, and what is too long
+    # for one commit.
 
     def tidy(self, now_us: int) -> bool:
         """One step of retention in a transaction of its own. True if there may be more.
@@ -2964,7 +2971,7 @@ class Store:
 
         Each by its own, because one arrival by a wrong clock must not take other events
         along. The scan is bounded: it looks at `look_at` events from `after_seq` on,
-        and names `at_most` of them.
+        and names `at_most` of them, or as many as `trim_bytes` allows.
         """
         reached = self._retention.reached() if self._retention is not None else None
         if reached is None:
@@ -2998,10 +3005,68 @@ class Store:
             """,
             {**values, "end": end, "at_most": at_most},
         )
-        seqs = json.loads(found)
-        if len(seqs) == at_most:
+        expired = json.loads(found)
+        seqs = self._within_bytes(expired)
+        if len(seqs) == at_most or len(seqs) < len(expired):
             end = seqs[-1]
         return _Expired(seqs, end)
+
+    def _within_bytes(self, seqs: List[int]) -> List[int]:
+        """The first of these events, as many as one step may remove.
+
+        One at least, and those until `trim_bytes` of payload are reached. Mostly that
+        is all of them, and one look shows it: no payload is longer than its fair share.
+        Else the first `trim_rows` are weighed.
+        """
+        if len(seqs) <= TRIM_UNWEIGHED_ROWS:
+            return seqs
+        fair_share = self._settings.trim_bytes // len(seqs)
+        # As BLOB, because the length of a TEXT is in characters.
+        has_longer = query_value(
+            self.db,
+            """
+            SELECT EXISTS(
+                SELECT 1
+                FROM json_each(:seqs) AS wanted
+                CROSS JOIN processed_events AS e ON e.seq = wanted.value
+                WHERE length(CAST(e.payload AS BLOB)) > :fair_share
+            )
+            """,
+            {"seqs": json.dumps(seqs), "fair_share": fair_share},
+        )
+        if has_longer:
+            return self._weighed(seqs[: self._settings.trim_rows])
+        return seqs
+
+    def _weighed(self, seqs: List[int]) -> List[int]:
+        """The first of these events, until `trim_bytes` of payload are reached.
+
+        It goes from event to event and stops there: 500 payloads of a megabyte are not
+        read in order to remove four of them.
+        """
+        # A row for each event that goes, and one to begin with.
+        rows = query_value(
+            self.db,
+            """
+            WITH RECURSIVE weighed(place, bytes) AS (
+                VALUES (-1, 0)
+                UNION ALL
+                SELECT place + 1, bytes + ifnull(
+                    (
+                        SELECT length(CAST(payload AS BLOB))
+                        FROM processed_events
+                        WHERE seq = json_extract(:seqs, '$[' || (place + 1) || ']')
+                    ),
+                    0
+                )
+                FROM weighed
+                WHERE bytes < :most AND place + 1 < :count
+            )
+            SELECT count(*) FROM weighed
+            """,
+            {"seqs": json.dumps(seqs), "most": self._settings.trim_bytes, "count": len(seqs)},
+        )
+        return seqs[: rows - 1]
 
     def _patrol(self, at_most: int) -> List[int]:
         """Look for expired events that stand behind others which stay.
@@ -3022,7 +3087,7 @@ class Store:
         It looks at a bounded number of topics, and the others get their turn later: a
         topic stays on the list until it has been looked at and is within its limit, or
         until this step brings it there. `at_most` events are named, of all topics
-        together.
+        together, or as many as `trim_bytes` allows.
 
         It may write: the oldest of a topic are found in the listing, which has to be
         fed first with the end of the log.
@@ -3050,7 +3115,11 @@ class Store:
         seqs: List[int] = []
         for topic, count in surplus.items():
             seqs += self._oldest_of_topic(topic, count)
-        return seqs
+        fitting = self._within_bytes(seqs)
+        if len(fitting) < len(seqs):
+            # Some of these topics still hold too many.
+            self._perhaps_crowded.update(dict.fromkeys(surplus))
+        return fitting
 
     def _oldest_of_topic(self, topic: str, count: int) -> List[int]:
         """The seqs of the `count` events of a topic with the lowest timestamps."""
@@ -3183,7 +3252,11 @@ class Store:
                     # Done with this topic: go on after it. Nothing sorts between a
                     # topic and the same topic with a NUL at its end.
                     topic += "\0"
-        erased = erasure.events + self.erase(seqs)
+            fitting = self._within_bytes(seqs)
+        if len(fitting) < len(seqs):
+            # Begin there again: what is erased now is not listed any more.
+            topic = erasure.next_topic
+        erased = erasure.events + self.erase(fitting)
         return erasure._replace(next_topic=topic, events=erased)
 
     def _listed_topic(self, erasure: "Erasure") -> Optional[str]:

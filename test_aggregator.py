@@ -8334,6 +8334,95 @@ def test_erasing_an_event_says_whether_it_was_there(store):
     assert store.erase_event("t", "never seen") is None
 
 
+def fill_with_kilobytes(path, topics):
+    """Store ten events with payloads of 1,000 bytes, for these topics in turn."""
+    payload = '{"x":"%s"}' % ("é" * 496)
+    assert len(payload.encode()) == 1000
+    with open_store(path) as store:
+        for number in range(10):
+            store.commit([event(number, topics[number % len(topics)], payload)], NOW)
+
+
+@with_cases("topics", {"one topic": ["a"], "many topics": ["a", "a/b", "a/c", "a/d"]})
+@with_cases(
+    "most, erased",
+    {
+        "as many as fit": (3000, [3, 6, 9, 10]),
+        # Two are not weighed.
+        "one at least": (10, [1, 2, 3, 4, 5, 6, 7, 8, 10]),
+    },
+)
+def test_a_step_of_erasing_ends_after_so_many_bytes(path, topics, most, erased):
+    fill_with_kilobytes(path, topics)
+    with open_store(path, trim_bytes=most) as store:
+        assert erase_all(store, {"topic": "a", "prefix": True, "until_us": None}) == erased
+    assert stored_ids(path) == []
+
+
+def steps_of_tidy(store, now_us):
+    """How many events each step of retention removes, until none is left to remove."""
+    sizes = []
+    stored = len(rows_of(store, "processed_events"))
+    while store.tidy(now_us):
+        left = len(rows_of(store, "processed_events"))
+        sizes.append(stored - left)
+        stored = left
+    return sizes
+
+
+@with_cases("topics", {"one topic": ["a"], "many topics": ["a", "b", "c", "d"]})
+def test_a_step_of_retention_by_age_ends_after_so_many_bytes(path, topics):
+    fill_with_kilobytes(path, topics)
+    settings = {"retention_us": HOUR_US, "trim_bytes": 3000, "clock_settles_us": 0}
+    with open_store(path, **settings) as store:
+        assert steps_of_tidy(store, NOW + 2 * HOUR_US) == [3, 3, 3, 1]
+
+
+@with_cases(
+    "topics, steps", {"one topic": (["a"], [3, 3, 3]), "two topics": (["a", "b"], [3, 3, 2])}
+)
+def test_a_step_of_retention_by_number_ends_after_so_many_bytes(path, topics, steps):
+    fill_with_kilobytes(path, topics)
+    with open_store(path, max_per_topic=1, trim_bytes=3000) as store:
+        assert steps_of_tidy(store, NOW) == steps
+
+
+def test_the_patrol_comes_back_for_what_was_too_much_for_one_step(path):
+    # An event of a clock that was ahead stays and hides those after it.
+    with open_store(path) as store:
+        store.commit([event("ahead")], NOW + 1000 * DAY_US)
+    fill_with_kilobytes(path, ["a"])
+    settings = {"retention_us": HOUR_US, "trim_bytes": 3000, "clock_settles_us": 0}
+    with open_store(path, trim_rows=5, **settings) as store:
+        assert sum(steps_of_tidy(store, NOW + 2 * HOUR_US)) == 10
+    assert stored_ids(path) == ["ahead"]
+
+
+def test_a_commit_removes_no_more_than_so_many_bytes(path):
+    fill_with_kilobytes(path, ["a"])
+    settings = {"retention_us": HOUR_US, "trim_bytes": 3000, "clock_settles_us": 0}
+    with open_store(path, **settings) as store:
+        store.commit(events_of(range(100, 120)), NOW + 2 * HOUR_US)
+        assert len(rows_of(store, "processed_events")) == 20 + 10 - 3
+
+
+def test_what_goes_is_weighed_without_reading_what_stays(path):
+    with open_store(path, full_sync=False) as store:
+        for start in range(0, 400, 100):
+            numbers = range(start, start + 100)
+            store.commit(events_of(numbers, payload='{"x":"%s"}' % ("y" * 50_000)), NOW)
+        everything = list(range(1, 401))
+        durations_s = []
+        for _ in range(5):
+            began_s = time.perf_counter()
+            assert len(store._weighed(everything)) == 84
+            durations_s.append(time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        store._settings = store._settings._replace(trim_bytes=10**12)
+        assert len(store._weighed(everything)) == 400
+        assert min(durations_s) < time.perf_counter() - began_s
+
+
 def test_no_file_holds_what_was_erased_once_it_is_scrubbed(store):
     secret = "correct horse battery staple"
     store.commit([event(1, payload='{"m":"%s"}' % secret), event(2)], NOW)
