@@ -2134,13 +2134,16 @@ def is_half_made(path: str) -> bool:
 
     Then there is a journal, and it says that the file had no pages before. The next
     start has SQLite make the file empty again, and makes the tables anew. A journal
-    without its first eight bytes is none: SQLite would just delete it. Raises OSError.
+    without its first eight bytes is none: SQLite would just delete it. Raises
+    StoreError.
     """
     try:
         with open(path + "-journal", "rb") as file:
             match = _JOURNAL_HEADER.match(file.read(28))
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise StoreError(f"cannot read {path}-journal: {error.strerror}")
     return match is not None and not any(match[1])
 
 

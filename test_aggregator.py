@@ -9164,6 +9164,13 @@ def test_a_file_of_zeros_beside_another_journal_is_refused_and_both_are_left(tmp
     assert bytes_of_files(tmp_path) == before
 
 
+def test_a_journal_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "zeros.db").write_bytes(bytes(8192))
+    (tmp_path / "zeros.db-journal").mkdir()
+    with pytest.raises(aggregator.StoreError, match="cannot read .*/zeros.db-journal: "):
+        aggregator.Store(str(tmp_path / "zeros.db"))
+
+
 def test_a_file_of_zeros_without_a_journal_is_refused_and_left_as_it_is(tmp_path):
     zeros = tmp_path / "zeros.db"
     zeros.write_bytes(bytes(8192))
