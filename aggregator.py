@@ -2600,16 +2600,9 @@ class Store:
         becomes the arrival of what is new. Raises StoreFailed; then nothing of the
         group is stored or counted.
 
-        The first four steps (look up, decide, append, learn) are the whole of
-        deduplication. They are safe together because nothing else can write between
-        them. The log is appended before the index learns, because the index reads the
-        keys back from the log. The books change in the same transaction, so after any
-        crash they say what is there.
-
         It returns after COMMIT: then the group is on the disk, unless the setting
-        `full_sync` is off. Housekeeping comes last, inside the transaction.
-        `_note_arrivals` runs after COMMIT: if the commit failed, the age limits would
-        hold a time for seqs that other events get later.
+        `full_sync` is off. `_note_arrivals` runs after COMMIT: if the commit failed, the
+        age limits would hold a time for seqs that other events get later.
         """
         now = Moment(now_us, self._monotonic_us())
         with self._transaction():
@@ -2618,7 +2611,14 @@ class Store:
         return decision
 
     def _store_group(self, records: Sequence[Record], now: Moment) -> Decision:
-        """The steps of a commit, inside its transaction. `rehearse` does the same."""
+        """The steps of a commit, inside its transaction. `rehearse` takes them, too.
+
+        The first four (look up, decide, append, learn) are the whole of deduplication.
+        They are safe together because nothing else can write between them. The log is
+        appended before the index learns, because the index reads the keys back from the
+        log. The books change in the same transaction, so after any crash they say what
+        is there. Housekeeping comes last.
+        """
         known = self.index.look_up(records)
         decision = decide(records, known, self.last_seq, now.wall_us)
         self._append(decision)
