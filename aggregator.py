@@ -2704,6 +2704,7 @@ class Store:
         """Write how far the log is applied, one row for each fact and each writer.
 
         It runs inside the transaction that applies the groups, after they are counted.
+        No number ever goes back: a late try must not open the door for the next one.
         """
         rows: List[Tuple[str, int, bytes]] = [
             ("position", mark.position, mark.chain),
@@ -2714,8 +2715,11 @@ class Store:
         for chunk in chunks(rows, columns=3):
             self.db.execute(
                 f"""
-                INSERT OR REPLACE INTO replica(name, through, chain)
+                INSERT INTO replica(name, through, chain)
                 VALUES {placeholders(len(chunk), 3)}
+                ON CONFLICT(name) DO UPDATE SET
+                    through = max(through, excluded.through),
+                    chain = excluded.chain
                 """,
                 list(itertools.chain.from_iterable(chunk)),
             )
@@ -16605,7 +16609,7 @@ def health(settings: HealthSettings) -> int:
 # Knows §1 to §5. Must not know HTTP.
 #
 #   * An entry is applied once and in its turn: the position changes in the transaction
-#     that applies it.
+#     that applies it. One that comes behind a later one of its writer is skipped.
 #   * A publisher is answered when its entry is on the quorum and applied here.
 #   * Nothing is applied, and no log is called rewound, but after a proof.
 #   * A node has at most one append under way, and repeats it under the same number
@@ -17961,9 +17965,14 @@ class ReplicatedPipeline(Pipeline):
                 if step.entry.erasure is None:
                     run.append(step)
                     continue
+                # What is ahead of it has to be applied before anybody can tell whether
+                # it is late.
                 await self._apply_groups(run, taken)
                 run = []
-                await self._apply_erasure(step, step.entry.erasure, taken)
+                if self._is_late(step.entry, {}):
+                    run.append(step)
+                else:
+                    await self._apply_erasure(step, step.entry.erasure, taken)
             await self._apply_groups(run, taken)
         except Exception as error:
             for waiting in taken:
@@ -18006,14 +18015,14 @@ class ReplicatedPipeline(Pipeline):
         """Apply entries in one transaction, and answer those who wait for them here."""
         if not steps:
             return
-        fresh = []
+        fresh: List[_Step] = []
+        late: List[_Step] = []
         writers: Dict[str, int] = {}
         for step in steps:
-            entry = step.entry
-            known = writers.get(entry.writer, self._mark.writers.get(entry.writer, 0))
-            if entry.number > known:
-                # An older one is a late try that its writer had given up.
-                writers[entry.writer] = entry.number
+            if self._is_late(step.entry, writers):
+                late.append(step)
+            else:
+                writers[step.entry.writer] = step.entry.number
                 fresh.append(step)
         # Those of others come onto the books before the store counts them, so the queue
         # never seems shorter than it is.
@@ -18026,8 +18035,22 @@ class ReplicatedPipeline(Pipeline):
             raise
         for step, decision in zip(fresh, decisions):
             self._answer(step, decision, taken)
+        for step in late:
+            if step.waiting is not None:
+                taken.remove(step.waiting)
+                self._refuse(step.waiting, LogUnavailable("it came into the log too late"))
         for listener in self.commit_listeners:
             listener()
+
+    def _is_late(self, entry: Entry, writers: Dict[str, int]) -> bool:
+        """Whether it is a late try, which its writer had given up, of whatever kind.
+
+        Its writer has put something into the log since. `writers` has the numbers that
+        are about to be applied. What was answered with a 503 must not take effect
+        behind what was acknowledged later: an order to erase would erase that, too.
+        """
+        known = writers.get(entry.writer, self._mark.writers.get(entry.writer, 0))
+        return entry.number <= known
 
     async def _apply(
         self, fresh: List[_Step], steps: List[_Step], writers: Dict[str, int]

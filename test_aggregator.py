@@ -5632,6 +5632,16 @@ class MemoryLog:
         self.rows = []
         self.base = ""
         self.positions = {}
+        # Appends whose bytes something holds: they will come, but nobody waits for them.
+        self.held = 0
+
+    def add_later(self, delay_s, *entry):
+        def add():
+            self.held -= 1
+            self.add(*entry)
+
+        self.held += 1
+        asyncio.get_running_loop().call_later(delay_s, add)
 
     def add(self, writer, number, body):
         if (writer, number) not in self.positions:
@@ -5652,9 +5662,9 @@ class MemoryView:
 
     `reachable`: whether it answers at all. `quorum`: whether commits return; with None,
     appends do and barriers do not. `shown`: the log that reads see, if not `log`.
-    `oldest`:
-    entries before it were trimmed. With `rng`, calls take several turns of the loop,
-    and some fail before or after they did their work.
+    `oldest`: entries before it were trimmed. With `rng`, calls take several turns of
+    the loop, and some fail before or after they did their work. Now and then the way to
+    the log is cut for a while: what was on it arrives later.
     """
 
     primary = "memory:1"
@@ -5670,9 +5680,18 @@ class MemoryView:
         self.reads = 0
         self._rng = rng
         self.failure_rate = 0.1
+        self._cut_until_s = 0.0
+
+    def _cut_now_and_then(self, *entry):
+        """Cut the way, with an entry on it."""
+        if self._rng is None or self._rng.random() > self.failure_rate / 2:
+            return
+        cut_s = self._rng.random() * 0.1
+        self._cut_until_s = time.monotonic() + cut_s
+        self.log.add_later(cut_s + self._rng.random() * 0.1, *entry)
 
     async def _dawdle(self):
-        if not self.reachable:
+        if not self.reachable or time.monotonic() < self._cut_until_s:
             raise aggregator.LogUnavailable("memory:1: unplugged")
         if self._rng is None:
             return await asyncio.sleep(0)
@@ -5688,6 +5707,7 @@ class MemoryView:
 
     async def append(self, writer, number, body):
         self.appends += 1
+        self._cut_now_and_then(writer, number, body)
         await self._dawdle()
         appended = self.log.add(writer, number, body)
         if self.quorum is False:
@@ -5849,9 +5869,10 @@ def assert_equal_stores(paths):
 def assert_model_agrees(path, entries):
     """A dict that replays the log says the same as a store. Returns its firsts.
 
-    `firsts`: by identity, the seq and the content that came first.
+    `firsts`: by identity, the seq and the content that came first, also if it is erased.
     """
     firsts = {}
+    kept = set()
     last = {}
     uniques = duplicates = conflicts = 0
     for entry in entries:
@@ -5864,16 +5885,22 @@ def assert_model_agrees(path, entries):
             if identity not in firsts:
                 uniques += 1
                 firsts[identity] = (uniques, content)
+                kept.add(identity)
             else:
                 duplicates += 1
                 conflicts += firsts[identity][1] != content
+        order = entry.erasure
+        if order is not None and order.event_id is not None:
+            kept.discard((order.topic, order.event_id))
+        elif order is not None:
+            kept = {identity for identity in kept if identity[0] != order.topic}
     with contextlib.closing(sqlite3.connect(path)) as db:
         stored = db.execute("SELECT topic, event_id, seq, source, payload FROM processed_events")
         found = {(topic, name): (seq, (source, text)) for topic, name, seq, source, text in stored}
         (books,) = db.execute(
             "SELECT uniques, duplicates, conflicts FROM stats WHERE kind = 'total'"
         )
-    assert found == firsts
+    assert found == {identity: firsts[identity] for identity in kept}
     assert books == (uniques, duplicates, conflicts)
     return firsts
 
@@ -5976,6 +6003,24 @@ def random_events(rng):
         payload = rng.choice(["{}", "{}", "1"])
         events += numbered_events(number, payload=payload, sequence=rng.randrange(90))
     return events
+
+
+async def erase_something(node, rng, erased):
+    """Erase one of those 80, rarely all; what is acknowledged is added to `erased`."""
+    with contextlib.suppress(aggregator.StoreFailed, aggregator.Stopping, asyncio.TimeoutError):
+        if rng.random() < 0.05:
+            await asyncio.wait_for(node.erase_matching("t", False, None), 0.5)
+            return
+        name = str(rng.randrange(80))
+        count = await asyncio.wait_for(node.erase_event("t", name), 0.5)
+        if count is not None:
+            erased.add(name)
+
+
+def stored_names(path):
+    """The ids of all events of a store."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return {name for (name,) in db.execute("SELECT event_id FROM processed_events")}
 
 
 def fail_now_and_then(node, rng):
@@ -6139,8 +6184,10 @@ import aggregator
 async def answer(node, request):
     if "stats" in request:
         return (await node.stats())["log"]
-    events = [aggregator.Event(*fields) for fields in request["events"]]
+    events = [aggregator.Event(*fields) for fields in request.get("events", [])]
     try:
+        if "erase" in request:
+            return {"erased": await node.erase_event("chaos", request["erase"])}
         receipt = await node.publish(events, 100)
     except (aggregator.StoreFailed, aggregator.QueueFull, aggregator.Stopping) as error:
         return {"error": str(error)}
@@ -6234,14 +6281,20 @@ class NodeProcess:
 
 
 async def live_in_chaos(servers, database, nodes, seconds):
-    """Publish while everything fails in turn; the acknowledged events and verdicts."""
+    """Publish and erase while everything fails in turn.
+
+    Returns the acknowledged events and verdicts, and the ids of which it was
+    acknowledged that they are erased.
+    """
     rng = random.Random(7)
     acknowledged = []
+    erased = set()
     ends = time.monotonic() + seconds
     publishers = []
     for number in range(12):
         publisher = publish_in_chaos(random.Random(number), number, nodes, ends, acknowledged)
         publishers.append(asyncio.ensure_future(publisher))
+    publishers.append(asyncio.ensure_future(erase_in_chaos(random.Random(12), nodes, ends, erased)))
     names = list(nodes)
 
     def restart_a_node():
@@ -6273,7 +6326,7 @@ async def live_in_chaos(servers, database, nodes, seconds):
     await asyncio.gather(*publishers)
     (head,) = servers.primary.ask("SELECT pos FROM agg_head", database)
     await everything_is_applied(int(head), nodes)
-    return acknowledged
+    return acknowledged, erased
 
 
 async def publish_in_chaos(rng, publisher, nodes, ends, acknowledged):
@@ -6303,6 +6356,17 @@ async def publish_in_chaos(rng, publisher, nodes, ends, acknowledged):
                 await asyncio.sleep(0.05)
         for event, (kind, seq) in zip(events, verdicts):
             acknowledged.append((event, aggregator.Verdict(kind, seq, 0, "")))
+
+
+async def erase_in_chaos(rng, nodes, ends, erased):
+    """Erase events of any publisher, not all of which were published already."""
+    while time.monotonic() < ends:
+        name = f"{rng.randrange(12)}-{rng.randrange(50)}"
+        with contextlib.suppress(OSError, EOFError, ValueError, asyncio.TimeoutError):
+            answer = await nodes[rng.choice(list(nodes))].ask({"erase": name})
+            if answer.get("erased") is not None:
+                erased.add(name)
+        await asyncio.sleep(0.05)
 
 
 async def everything_is_applied(head, nodes):
@@ -16632,6 +16696,15 @@ def test_the_position_moves_in_the_transaction_that_applies(tmp_path):
     store.close()
 
 
+def test_the_number_of_a_writer_never_goes_back(tmp_path):
+    store = aggregator.Store(str(tmp_path / "a"))
+    store.log_mark()
+    store.apply([], aggregator.LogMark(1, b"c", 0, {"w": 7}), NOW)
+    store.apply([], aggregator.LogMark(2, b"d", 0, {"w": 3}), NOW)
+    assert store.log_mark() == (2, b"d", 0, {"w": 7})
+    store.close()
+
+
 def test_without_a_log_there_is_no_table_of_it(tmp_path):
     store = aggregator.Store(str(tmp_path / "a"))
     store.commit([aggregator.record_of(event) for event in numbered_events(1)], NOW)
@@ -16860,6 +16933,33 @@ def test_a_writer_that_has_gone_on_is_not_applied_a_second_time(tmp_path):
         await level(a)
         stats = await a.stats()
         assert (stats["received"], stats["log"]["position"]) == (1, 2)
+
+    in_cluster(tmp_path, scenario)
+
+
+@with_cases("together", {"read together": True, "read one after the other": False})
+def test_an_order_to_erase_that_comes_late_erases_nothing(tmp_path, together):
+    """Its writer had given it up, and has put something into the log since."""
+
+    async def scenario(nodes):
+        log = MemoryLog()
+        a = await nodes.start("a", MemoryView(log))
+        await send_numbers(a, 1)
+        log.add("w", 2, aggregator.encode_entry(entry_of("w", 2, 2)))
+        if not together:
+            await level(a)
+        order = aggregator.EraseOrder("t", None, False, None)
+        late = aggregator.Entry("w", 1, NOW, [], order)
+        log.add("w", 1, aggregator.encode_entry(late))
+        # Were the number of the writer set back, this one would be applied again.
+        again = entry_of("w", 2, 3)
+        log.add("w again", 2, aggregator.encode_entry(again))
+        await level(a)
+        assert json.loads((await a.event("t", "1"))[1])["event_id"] == "1"
+        assert json.loads((await a.event("t", "2"))[1])["event_id"] == "2"
+        assert await a.event("t", "3") == (None, None)
+        stats = await a.stats()
+        assert (stats["stored"], stats["log"]["position"]) == (2, 4)
 
     in_cluster(tmp_path, scenario)
 
@@ -17350,10 +17450,14 @@ def test_a_log_restored_from_an_old_backup_is_refused(database, tmp_path):
     "seed", {f"seed {seed}": seed for seed in range(int(os.getenv("LOG_MODEL_SEEDS", "6")))}
 )
 def test_three_nodes_in_any_interleaving_do_what_a_dict_does(tmp_path, seed):
-    """Nodes crash, the log fails at random, and so do the nodes' own disks."""
+    """Nodes crash, the log fails at random, and so do the nodes' own disks.
+
+    Some appends that failed come into the log later. Some events are erased.
+    """
     rng = random.Random(seed)
     log = MemoryLog()
     acknowledged = []
+    erased = set()
     names = ("a", "b", "c")
     live = {}
 
@@ -17374,6 +17478,11 @@ def test_three_nodes_in_any_interleaving_do_what_a_dict_does(tmp_path, seed):
                     receipt = await asyncio.wait_for(publishing, 0.5)
             acknowledged.extend(zip(events, receipt.verdicts()))
 
+    async def erase():
+        for _ in range(40):
+            await asyncio.sleep(rng.random() * 0.02)
+            await erase_something(live[rng.choice(names)], rng, erased)
+
     async def crash_now_and_then(nodes):
         for _ in range(6):
             await asyncio.sleep(rng.random() * 0.05)
@@ -17384,10 +17493,13 @@ def test_three_nodes_in_any_interleaving_do_what_a_dict_does(tmp_path, seed):
     async def scenario(nodes):
         for name in names:
             await start_node(nodes, name)
-        await asyncio.gather(crash_now_and_then(nodes), *[publish() for _ in range(6)])
+        publishing = [publish() for _ in range(6)]
+        await asyncio.gather(crash_now_and_then(nodes), erase(), *publishing)
         for node in nodes.running:
             node._log.failure_rate = 0
             node.failure_rate = 0
+        await until_true(lambda: not log.held)
+        for node in nodes.running:
             await until_true(lambda node=node: node._mark.position == len(log.rows))
             stats = await node.stats()
             assert stats["current_queue_size"] == 0
@@ -17399,6 +17511,7 @@ def test_three_nodes_in_any_interleaving_do_what_a_dict_does(tmp_path, seed):
     assert_equal_stores(paths)
     firsts = assert_model_agrees(paths[0], log.entries())
     assert_acknowledged(acknowledged, firsts)
+    assert not erased & stored_names(paths[0])
 
 
 # ---- Three servers with a quorum ----
@@ -17615,7 +17728,7 @@ def test_in_chaos_the_log_loses_nothing_and_doubles_nothing(servers, tmp_path):
         for node in nodes.values():
             node.start(servers.url(database))
         chaos = live_in_chaos(servers, database, nodes, seconds)
-        acknowledged = in_loop(chaos, seconds + 120)
+        acknowledged, erased = in_loop(chaos, seconds + 120)
         for node in nodes.values():
             node.stop()
     finally:
@@ -17625,8 +17738,10 @@ def test_in_chaos_the_log_loses_nothing_and_doubles_nothing(servers, tmp_path):
     assert_equal_stores(paths)
     firsts = assert_model_agrees(paths[0], servers.entries(database))
     assert_acknowledged(acknowledged, firsts)
+    assert not erased & stored_names(paths[0])
     ids = {(event.topic, event.event_id) for event, _ in acknowledged}
-    print(f"{len(ids):,} ids in {len(acknowledged):,} acknowledged events", servers.history)
+    print(f"{len(ids):,} ids in {len(acknowledged):,} acknowledged events,", end=" ")
+    print(f"{len(erased)} erased,", servers.history)
     assert len(ids) >= int(os.getenv("LOG_CHAOS_EVENTS", "100"))
 
 
