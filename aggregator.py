@@ -16656,6 +16656,11 @@ REWOUND = (
     " old backup or by a standby that lacked entries. Nothing more is taken. Compare the nodes,"
     " choose the store to go on with, and see 'More than one machine' in the README"
 )
+OTHER_BASE = (
+    "the log says that it began from {now!r}, and when this node joined it said {then!r}: it was"
+    " rewound, or it is another log. Nothing more is taken. Compare the nodes, choose the store to"
+    " go on with, and see 'More than one machine' in the README"
+)
 LOG_URL_EXAMPLE = "postgres://user:password@host1,host2:5433/database?sslmode=verify-full"
 SSL_MODES = ("disable", "prefer", "require", "verify-ca", "verify-full")
 
@@ -17665,6 +17670,7 @@ class ReplicatedPipeline(Pipeline):
         self._mark = LogMark(0, b"", 0, {})
         self._head = 0
         self._joined = False  # base and store were compared
+        self._base = ""  # what the log said then
         # By number: entries that are being appended or wait to be applied. Whoever
         # takes one out answers those who wait for it.
         self._waiting_for: Dict[int, _Waiting] = {}
@@ -17722,24 +17728,22 @@ class ReplicatedPipeline(Pipeline):
         The base says which store the log began from, and how many events that store had
         decided: "ID:COUNT". The first node writes it. A node that has read nothing yet
         must be the same store in the same state, or both must be empty.
+
+        The base, too, may be visible and on one disk only. So it is believed only after
+        a barrier that began after it was read.
         """
         stretch = await self._log.read(self._mark.position)
         received = await self._ask_writer(self._store.received)
-        if not stretch.base:
-            if self._mark.position:
-                raise LogRefused(
-                    f"the log is empty, and this store has read {self._mark.position} entries:"
-                    " it is another log, or it lost everything. To begin a new log with this"
-                    " store, see 'More than one machine' in the README"
-                )
+        if not stretch.base and stretch.head == self._mark.position == 0:
             await self._log.claim_base(f"{self._store.store_id}:{received}")
             stretch = await self._log.read(self._mark.position)
-        base_id, _, base_received = stretch.base.partition(":")
+        await self._log.barrier()
+        base_id, base_received = self._read_base(stretch)
         if self._mark.position == 0:
-            both_empty = base_received == "0" and received == 0
+            both_empty = base_received == received == 0
             if both_empty and base_id != self._store.store_id:
                 await self._ask_writer(self._store.adopt_id, base_id)
-        expected = self._mark.received if self._mark.position else int(base_received)
+        expected = self._mark.received if self._mark.position else base_received
         if base_id != self._store.store_id:
             raise LogRefused(
                 f"the log began from store {base_id}, and this is store {self._store.store_id}:"
@@ -17751,7 +17755,27 @@ class ReplicatedPipeline(Pipeline):
                 " log where it stands: it was used without the log, or the copy is too old."
                 " Start with a copy of another node's store"
             )
+        self._base = stretch.base
         self._joined = True
+
+    def _read_base(self, stretch: LogStretch) -> Tuple[str, int]:
+        """The id of the store that a log began from, and its events. Raises LogRefused."""
+        if not stretch.base and not stretch.head:
+            raise LogRefused(
+                f"the log is empty, and this store has read {self._mark.position} entries:"
+                " it is another log, or it lost everything. To begin a new log with this"
+                " store, see 'More than one machine' in the README"
+            )
+        match = re.fullmatch(r"([^:]+):([0-9]{1,18})", stretch.base)
+        if match is None:
+            raise LogRefused(
+                f"the log has {stretch.head} entries, and its table agg_head does not say which"
+                f" store they began from (base: {stretch.base!r}): the log is damaged. Restore"
+                " the database, or choose the store to go on with and begin a new log with it,"
+                " see 'More than one machine' in the README"
+            )
+        store_id, received = match.groups()
+        return store_id, int(received)
 
     # ---- Appending ----
 
@@ -17925,6 +17949,8 @@ class ReplicatedPipeline(Pipeline):
         A doubt is not a verdict yet: an old primary that has woken up shows an old log.
         A barrier decides, because that server cannot raise one.
         """
+        if stretch.base != self._base:
+            return _Proof(0, OTHER_BASE.format(now=stretch.base, then=self._base))
         position = self._mark.position
         chain = self._mark.chain
         proved = 0

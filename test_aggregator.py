@@ -5990,6 +5990,14 @@ def extended(log):
     return log
 
 
+def backends(server, statement, wanted="pid"):
+    """The server processes that run a statement of a node with this text, a line each."""
+    return server.ask(
+        f"SELECT {wanted} FROM pg_stat_activity WHERE application_name LIKE 'aggregator %'"
+        f" AND state = 'active' AND query LIKE '%{statement}%'"
+    )
+
+
 async def start_on(nodes, name, url):
     """Start a node whose log is in PostgreSQL."""
     log = aggregator.PostgresLog(aggregator.parse_log_url(url), name, nodes.limits)
@@ -16766,8 +16774,9 @@ def test_a_404_wants_a_proof_that_the_log_it_saw_was_not_old(tmp_path):
         nodes.limits = QUICK._replace(proof_s=60.0, poll_s=60.0)
         view = MemoryView(MemoryLog())
         a = await nodes.start("a", view)
+        barriers = view.barriers
         await a.event("t", "never")
-        assert view.barriers == 1
+        assert view.barriers == barriers + 1
 
     in_cluster(tmp_path, scenario)
 
@@ -16850,9 +16859,10 @@ def test_own_groups_need_no_barrier_and_are_not_read(tmp_path):
         a = await nodes.start("a", view)
         await asyncio.sleep(0.05)
         reads = view.reads
+        barriers = view.barriers
         for number in range(20):
             await send_numbers(a, number)
-        assert view.barriers == 0
+        assert view.barriers == barriers
         assert view.reads - reads <= 21
         held = await a.stats()
         assert held["log"]["position"] == 20
@@ -16867,9 +16877,10 @@ def test_an_own_entry_proves_those_before_it(tmp_path):
         view = MemoryView(log)
         a = await nodes.start("a", MemoryView(log))
         b = await nodes.start("b", view)
+        barriers = view.barriers
         await send_numbers(a, 1)
         assert await send_numbers(b, 1, 2) == [("duplicate", 1), ("new", 2)]
-        assert view.barriers == 0
+        assert view.barriers == barriers
 
     in_cluster(tmp_path, scenario)
 
@@ -17180,6 +17191,89 @@ def test_a_store_of_a_single_node_becomes_the_base(tmp_path):
         assert_equal_stores([nodes.path("a"), nodes.path("b")])
         reason = await refusal_of(nodes.start("empty", MemoryView(log)))
         assert "copy of another node's store" in reason
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_a_base_that_is_on_one_disk_only_is_not_believed(tmp_path):
+    async def scenario(nodes):
+        single = aggregator.Store(nodes.path("a"))
+        single.commit([aggregator.record_of(event) for event in numbered_events(1, 2, 1)], NOW)
+        single.close()
+        # The claim of a is visible, and no standby has it.
+        view = MemoryView(MemoryLog())
+        view.quorum = None
+        a = await nodes.start("a", view)
+        await until_true(lambda: view.log.base)
+        assert "no standby confirms" in await a.health()
+        # The disk is lost. The next primary has no base, and an empty node comes first.
+        log = MemoryLog()
+        b = await nodes.start("b", MemoryView(log))
+        view.log = log
+        view.quorum = True
+        await until_true(lambda: "the log began from store" in str(a.trouble()))
+        assert "copy of another node's store" in await refusal_of(send_numbers(a, 1))
+        assert await send_numbers(b, 1) == [("new", 1)]
+
+    in_cluster(tmp_path, scenario)
+
+
+@needs_postgres
+def test_the_claim_of_a_base_needs_the_quorum(postgres, database, tmp_path):
+    async def make_tables(log):
+        await log.read(0)
+
+    async def scenario(nodes):
+        postgres.reconfigure("synchronous_standby_names", "ANY 1 (nobody)")
+        await asyncio.sleep(0.2)
+        a = await start_on(nodes, "a", database)
+        await until_true(lambda: backends(postgres, "SET base", "pg_terminate_backend(pid)"))
+        # The base is visible now, and the node has read it.
+        await until_true(lambda: backends(postgres, "pg_logical_emit_message"))
+        assert ask_log(database, "SELECT base FROM agg_head") != [""]
+        assert not a._joined
+        postgres.reconfigure("synchronous_standby_names", "")
+        await until_true(lambda: a._joined and not a._log_troubles)
+        assert await send_numbers(a, 1) == [("new", 1)]
+
+    in_log(database, make_tables)
+    in_cluster(tmp_path, scenario)
+
+
+def test_a_base_that_changes_while_a_node_runs_is_noticed(tmp_path):
+    async def scenario(nodes):
+        log = MemoryLog()
+        view = MemoryView(log)
+        a = await nodes.start("a", view)
+        base = log.base
+        # An old primary shows another one. It is not believed, and it decides nothing.
+        view.quorum = False
+        log.base = ""
+        await until_true(lambda: a.trouble() is not None)
+        log.base = base
+        view.quorum = True
+        await until_true(lambda: not a._log_troubles)
+        log.base = "another:0"
+        await until_true(lambda: "it began from 'another:0'" in str(a.trouble()))
+        assert "choose the store to go on with" in await refusal_of(send_numbers(a, 1))
+
+    in_cluster(tmp_path, scenario)
+
+
+@with_cases(
+    ("base", "reason"),
+    {
+        "no base": ("", "does not say which store they began from"),
+        "a base without a count": ("x", "(base: 'x')"),
+        "a count that is none": ("x:many", "the log is damaged"),
+    },
+)
+def test_a_log_that_has_entries_and(tmp_path, base, reason):
+    async def scenario(nodes):
+        log = MemoryLog()
+        log.add("x", 1, aggregator.encode_entry(entry_of("x", 1, 1)))
+        log.base = base
+        assert reason in await refusal_of(nodes.start("a", MemoryView(log)))
 
     in_cluster(tmp_path, scenario)
 
