@@ -16668,6 +16668,8 @@ SSL_MODES = ("disable", "prefer", "require", "verify-ca", "verify-full")
 class LogLimits(NamedTuple):
     """The times of a node that uses a log, in seconds."""
 
+    # A start waits so long for the log; then the service answers reads without it.
+    start_s: float = 2.0
     connect_s: float = 3.0  # for one server, with TLS and password
     # For one statement; then it is tried elsewhere.
     answer_s: float = 5.0
@@ -16985,6 +16987,26 @@ def bytes_cell(cell: Cell) -> bytes:
     return cell
 
 
+async def within(timeout_s: float, work: Awaitable[_Result], complaint: str) -> _Result:
+    """The result of something that must not last for long.
+
+    When time is up, it is cancelled, and LogUnavailable is raised with the complaint.
+    In any case it has ended when this returns. Not `asyncio.wait_for`, which before
+    Python 3.12 can swallow a cancellation that comes together with the result.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+    finally:
+        # Time is up, or the caller was cancelled.
+        task.cancel()
+    if not done:
+        await asyncio.wait([task])
+    if task.cancelled():
+        raise LogUnavailable(f"{complaint} within {timeout_s:.3g} s")
+    return task.result()
+
+
 class PostgresConnection:
     """A connection to one server. One statement at a time.
 
@@ -17010,15 +17032,8 @@ class PostgresConnection:
     ) -> "PostgresConnection":
         """Connect and log in. Raises LogUnavailable and PostgresError."""
         connection = cls(server, limits.answer_s)
-        opening = connection._loop.create_task(connection._open(address, application))
-        try:
-            await asyncio.wait([opening], timeout=limits.connect_s)
-        finally:
-            # Time is up, or the caller was cancelled.
-            opening.cancel()
-        if not opening.done():
-            raise LogUnavailable(f"{server} did not answer within {limits.connect_s:g} s")
-        opening.result()
+        opening = connection._open(address, application)
+        await within(limits.connect_s, opening, f"{server} did not answer")
         return connection
 
     async def _open(self, address: LogAddress, application: str) -> None:
@@ -17271,9 +17286,13 @@ class PostgresSession:
         reasons: List[str] = []
         sqlstate = ""
         for _ in self._address.servers:
-            server = self._address.servers[self._next_server]
+            place = self._next_server
+            server = self._address.servers[place]
+            # However the try ends, also if it is cancelled: the next one is elsewhere.
+            self._next_server = (place + 1) % len(self._address.servers)
             try:
                 connection = await self._open(server)
+                self._next_server = place
                 self.primary = str(server)
                 return connection
             except PostgresError as error:
@@ -17282,7 +17301,6 @@ class PostgresSession:
             except LogUnavailable as error:
                 sqlstate = sqlstate or error.sqlstate
                 reasons.append(str(error))
-            self._next_server = (self._next_server + 1) % len(self._address.servers)
         self.primary = ""
         raise LogUnavailable("no server takes entries: " + "; ".join(reasons), sqlstate)
 
@@ -17702,7 +17720,7 @@ class ReplicatedPipeline(Pipeline):
         await super().start()
         try:
             self._mark = await self._ask_writer(self._store.log_mark)
-            await self._join()
+            await within(self._log_limits.start_s, self._join(), "the log did not answer")
         except LogUnavailable as error:
             if error.sqlstate[:2] in CONFIGURATION_CLASSES:
                 await self.stop(0.0)

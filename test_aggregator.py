@@ -16518,6 +16518,23 @@ def test_the_first_server_that_answers_is_taken(database):
 
 
 @needs_postgres
+def test_after_a_try_that_was_cut_short_the_next_server_is_tried(database):
+    async def run():
+        async with fake_postgres() as silent:
+            place = silent.split("@")[1].split("/")[0]
+            url = database.replace("@", f"@{place},")
+            limits = QUICK._replace(connect_s=600.0)
+            log = aggregator.PostgresLog(aggregator.parse_log_url(url), "n", limits)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(log.read(0), 0.1)
+            await log.read(0)
+            assert log.primary == database.split("@")[1].split("/")[0]
+            log.close()
+
+    in_loop(run())
+
+
+@needs_postgres
 def test_when_no_server_answers_each_is_named_with_its_reason(postgres):
     nobody = free_port()
     url = postgres.url("nowhere").replace("@127.0.0.1", f"@127.0.0.1:{nobody},127.0.0.1")
@@ -17087,6 +17104,20 @@ def test_a_node_starts_while_the_log_is_away(tmp_path):
         view.reachable = True
         await until_true(lambda: not a._log_troubles)
         assert await send_numbers(a, 1) == [("new", 1)]
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_a_node_starts_while_servers_take_connections_and_say_nothing(tmp_path):
+    async def scenario(nodes):
+        # Far more than this test may last, so nothing here waits for it.
+        nodes.limits = QUICK._replace(connect_s=600.0, start_s=0.05)
+        async with fake_postgres() as silent, fake_postgres() as silent_too:
+            url = silent.replace("/d", "," + silent_too.split("@")[1])
+            a = await start_on(nodes, "a", url)
+            assert await a.health() == "the log did not answer within 0.05 s"
+            assert await a.event("t", "1") == (None, None)
+            await nodes.stop()
 
     in_cluster(tmp_path, scenario)
 
