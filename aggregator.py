@@ -16656,6 +16656,8 @@ REWOUND = (
     " old backup or by a standby that lacked entries. Nothing more is taken. Compare the nodes,"
     " choose the store to go on with, and see 'More than one machine' in the README"
 )
+HANGS = "the log hangs, or no standby confirms: no answer"
+MAY_BE_STORED = "What was sent may still be stored: send it again, with the same ids"
 OTHER_BASE = (
     "the log says that it began from {now!r}, and when this node joined it said {then!r}: it was"
     " rewound, or it is another log. Nothing more is taken. Compare the nodes, choose the store to"
@@ -16675,6 +16677,8 @@ class LogLimits(NamedTuple):
     answer_s: float = 5.0
     # For one group; then its publishers get a 503.
     give_up_s: float = 25.0
+    # For each further group, while the log stays away for longer than that.
+    last_try_s: float = 1.0
     retry_s: float = 0.25  # between two tries
     # Between two looks for entries of others.
     poll_s: float = 0.1
@@ -17718,6 +17722,7 @@ class ReplicatedPipeline(Pipeline):
         publishers get a 503 until the log is back.
         """
         await super().start()
+        began_s = self._loop.time()
         try:
             self._mark = await self._ask_writer(self._store.log_mark)
             await within(self._log_limits.start_s, self._join(), "the log did not answer")
@@ -17725,12 +17730,13 @@ class ReplicatedPipeline(Pipeline):
             if error.sqlstate[:2] in CONFIGURATION_CLASSES:
                 await self.stop(0.0)
                 raise LogRefused(f"the log cannot be used: {error}")
-            self._note_log_trouble("read", error)
+            self._note_log_trouble("read", error, began_s)
         except BaseException:
             await self.stop(0.0)
             raise
         self._log_proven_s = self._trimmed_s = self._loop.time()
         self._tasks.append(self._loop.create_task(self._follow_log()))
+        self._tasks.append(self._loop.create_task(self._watch_log()))
 
     async def stop(self, timeout_s: float) -> bool:
         """See Pipeline.stop."""
@@ -17818,11 +17824,19 @@ class ReplicatedPipeline(Pipeline):
         async with self._append_lock:
             self._number += 1
             number = self._number
+            began_s = self._loop.time()
             entry = Entry(self._writer_name, number, self._clock_us(), records, erasure)
-            self._waiting_for[number] = _Waiting(entry, group, erased, self._loop.time())
+            self._waiting_for[number] = _Waiting(entry, group, erased, began_s)
             body = encode_entry(entry)
+            last_try_s = self._log_limits.last_try_s
+            if not group and erased is None:
+                # Nobody waits for a probe, so a slow log gets the time that it needs.
+                last_try_s = self._log_limits.answer_s
             try:
-                appended = await self._append_patiently(number, body)
+                ends_s = max(
+                    self._away_since_s() + self._log_limits.give_up_s, began_s + last_try_s
+                )
+                appended = await self._append_patiently(number, body, ends_s)
             except Exception as error:
                 self._refuse(self._waiting_for.pop(number, None), error)
                 return
@@ -17830,37 +17844,80 @@ class ReplicatedPipeline(Pipeline):
                 self._own[appended.position] = _OwnEntry(number, appended.chain, body)
                 self._news_from_log.set()
 
-    async def _append_patiently(self, number: int, body: bytes) -> Optional[Appended]:
+    def _away_since_s(self) -> float:
+        """Since when the log does not do all that it should; now, if it does."""
+        troubles = self._log_troubles.values()
+        return min((trouble.since_s for trouble in troubles), default=self._loop.time())
+
+    async def _append_patiently(
+        self, number: int, body: bytes, ends_s: float
+    ) -> Optional[Appended]:
         """Append until it is known to be in the log, or time is up.
 
-        None if the follower found it there meanwhile. While the log stays away, each
-        further group gets one try, so its publishers do not wait for long.
+        None if the follower found it there meanwhile. Each try gets what is left of the
+        time, so servers that hang do not add theirs.
         """
         if self._refusal:
             raise LogUnavailable(self._refusal)
         if "apply" in self._log_troubles:
             # The log would fill with repeats of what this node cannot store.
             raise StoreFailed(self._log_troubles["apply"].reason)
-        began_s = self._loop.time()
         while True:
+            began_s = self._loop.time()
             try:
-                if not self._joined:
-                    raise LogUnavailable("this node has not compared its store with the log yet")
-                appended = await self._log.append(self._writer_name, number, body)
+                self._check_reading(began_s)
+                appending = self._log.append(self._writer_name, number, body)
+                appended = await within(ends_s - began_s, appending, HANGS)
                 self._log_troubles.pop("append", None)
                 self._log_proven_s = self._loop.time()
                 return appended
             except LogUnavailable as error:
-                self._note_log_trouble("append", error)
-                away_since_s = min(began_s, self._log_troubles["append"].since_s)
-                if self._loop.time() - away_since_s >= self._log_limits.give_up_s:
-                    raise LogUnavailable(
-                        f"the log takes no entries: {error}. What was sent may still be stored:"
-                        " send it again, with the same ids"
-                    )
+                self._note_log_trouble("append", error, began_s)
+                reason = str(error)
             await asyncio.sleep(self._log_limits.retry_s)
             if number not in self._waiting_for:
                 return None
+            if self._loop.time() >= ends_s:
+                raise LogUnavailable(f"the log takes no entries: {reason}. {MAY_BE_STORED}")
+
+    def _check_reading(self, now_s: float) -> None:
+        """Raise LogUnavailable if this node could not apply what it appends.
+
+        Otherwise the log would fill with entries whose publishers get a 503.
+        """
+        if not self._joined:
+            raise LogUnavailable("this node has not compared its store with the log yet")
+        trouble = self._log_troubles.get("read")
+        if trouble is not None and now_s - trouble.since_s >= self._log_limits.give_up_s:
+            raise LogUnavailable(f"the log cannot be read: {trouble.reason}")
+
+    async def _watch_log(self) -> None:
+        """Give up on time, and find out whether a log that was away takes entries again.
+
+        The probe is an entry without events. Nothing less would show it: the log may
+        answer reads and barriers while it takes no entries. And a node that gets no
+        publishers because it is not healthy would never be healthy again. On other
+        nodes, such an entry changes nothing.
+        """
+        while True:
+            await asyncio.sleep(self._log_limits.retry_s)
+            self._refuse_late()
+            # While one is waited for, that one shows it.
+            if "append" in self._log_troubles and not self._waiting_for and not self._refusal:
+                await self._put([], None, [], None)
+
+    def _refuse_late(self) -> None:
+        """Refuse those whose entries are in the log and do not come out of it in time."""
+        now_s = self._loop.time()
+        for own in self._own.values():
+            waiting = self._waiting_for.get(own.number)
+            if waiting is None or now_s - waiting.began_s < self._log_limits.give_up_s:
+                continue
+            reason = "what was put into the log does not come out of it"
+            if "read" in self._log_troubles:
+                reason += f": {self._log_troubles['read'].reason}"
+            del self._waiting_for[own.number]
+            self._refuse(waiting, LogUnavailable(f"{reason}. {MAY_BE_STORED}"))
 
     def _refuse(self, waiting: Optional[_Waiting], error: Exception) -> None:
         """Tell those who wait for an entry that it was not applied."""
@@ -17879,6 +17936,7 @@ class ReplicatedPipeline(Pipeline):
         while True:
             waiting = self._catching_up
             self._catching_up = []
+            began_s = self._loop.time()
             try:
                 there_is_more = await self._follow_once(bool(waiting))
                 self._log_troubles.pop("apply", None)
@@ -17898,7 +17956,7 @@ class ReplicatedPipeline(Pipeline):
             except Exception as error:
                 # Whatever it is, the next try may go through.
                 part = "read" if isinstance(error, LogUnavailable) else "apply"
-                self._note_log_trouble(part, error)
+                self._note_log_trouble(part, error, began_s)
                 self._let_go(waiting)
                 await asyncio.sleep(self._log_limits.retry_s)
 
@@ -17934,9 +17992,6 @@ class ReplicatedPipeline(Pipeline):
             await self._log.barrier()
             if proof.doubt:
                 raise LogRefused(proof.doubt)
-            # Commits return, so appends will, too. Otherwise a node that gets no
-            # publishers because it is not healthy would never be healthy again.
-            self._log_troubles.pop("append", None)
             self._log_proven_s = self._loop.time()
             rows = stretch.rows
         if rows:
@@ -18124,7 +18179,8 @@ class ReplicatedPipeline(Pipeline):
             return
         taken.remove(waiting)
         self._ahead.release()
-        self._note_commit(waiting.group, step.entry.records, decision, waiting.began_s)
+        if waiting.group:
+            self._note_commit(waiting.group, step.entry.records, decision, waiting.began_s)
         if self._level_s is None or waiting.began_s > self._level_s:
             self._level_s = waiting.began_s
 
@@ -18253,14 +18309,33 @@ class ReplicatedPipeline(Pipeline):
     # ---- Health ----
 
     def trouble(self) -> Optional[Trouble]:
-        """See Pipeline.trouble. A log that does not answer is a trouble, too."""
-        troubles = list(self._log_troubles.values())
-        return super().trouble() or (troubles[0] if troubles else None)
+        """See Pipeline.trouble. A log that does not answer is a trouble, too.
 
-    def _note_log_trouble(self, part: str, error: Exception) -> None:
-        """Remember why a part fails, and since when; say it once."""
+        That the log takes no entries is cleared by an entry that it takes; that it
+        cannot be read, by reading; that an entry cannot be applied, by applying it.
+        """
+        trouble = super().trouble() or next(iter(self._log_troubles.values()), None)
+        return trouble or self._trouble_of_waiting()
+
+    def _trouble_of_waiting(self) -> Optional[Trouble]:
+        """The trouble if an entry has been under way for too long, like a commit."""
+        # They stand in the order of their numbers: the first has waited for the longest.
+        oldest = next(iter(self._waiting_for.values()), None)
+        if oldest is None:
+            return None
+        lasts_s = self._loop.time() - oldest.began_s
+        if lasts_s <= self.limits.commit_hangs_s:
+            return None
+        reason = f"an entry has been under way to the log and back for {lasts_s:.0f} s"
+        return Trouble(f"{reason}: the log hangs", oldest.began_s)
+
+    def _note_log_trouble(self, part: str, error: Exception, since_s: float) -> None:
+        """Remember why a part fails, and since when; say it once.
+
+        `since_s` is when the try began that failed: a server that hangs has been away
+        from then on.
+        """
         reason = str(error) or repr(error)
-        since_s = self._loop.time()
         if part in self._log_troubles:
             since_s = self._log_troubles[part].since_s
         else:

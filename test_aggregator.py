@@ -5566,6 +5566,7 @@ QUICK = aggregator.LogLimits(
     connect_s=1.0,
     answer_s=0.7,
     give_up_s=0.4,
+    last_try_s=0.1,
     retry_s=0.02,
     poll_s=0.01,
     proof_s=0.2,
@@ -5967,6 +5968,15 @@ def entry_of(writer, number, event_id):
     )
 
 
+async def hang(*arguments):
+    """A server that takes what it is sent and never answers."""
+    await asyncio.sleep(3600)
+
+
+async def unreadable(after):
+    raise aggregator.LogUnavailable("memory:1: only reads fail")
+
+
 def unwritable():
     raise aggregator.StoreFailed("the disk is full")
 
@@ -6191,7 +6201,7 @@ import aggregator
 
 async def answer(node, request):
     if "stats" in request:
-        return (await node.stats())["log"]
+        return {**(await node.stats())["log"], "health": await node.health()}
     events = [aggregator.Event(*fields) for fields in request.get("events", [])]
     try:
         if "erase" in request:
@@ -6332,8 +6342,7 @@ async def live_in_chaos(servers, database, nodes, seconds):
         servers.history[name] = servers.history.get(name, 0) + 1
         await loop.run_in_executor(None, action)
     await asyncio.gather(*publishers)
-    (head,) = servers.primary.ask("SELECT pos FROM agg_head", database)
-    await everything_is_applied(int(head), nodes)
+    await everything_is_applied(servers, database, nodes)
     return acknowledged, erased
 
 
@@ -6377,18 +6386,25 @@ async def erase_in_chaos(rng, nodes, ends, erased):
         await asyncio.sleep(0.05)
 
 
-async def everything_is_applied(head, nodes):
-    """Wait until every node stands at the head of the log."""
-    for node in nodes.values():
-        place = {}
-        for _ in range(300):
+async def everything_is_applied(servers, database, nodes):
+    """Wait until every node is well and stands at the head of the log.
+
+    Until a node is well, it may put one more entry into the log.
+    """
+    for _ in range(300):
+        places = []
+        for node in nodes.values():
             with contextlib.suppress(OSError, EOFError, ValueError, asyncio.TimeoutError):
                 place = await node.ask({"stats": True})
-            if place.get("position") == head:
-                break
-            await asyncio.sleep(0.1)
+                places.append((place["position"], place["health"]))
+        (head,) = servers.primary.ask("SELECT pos FROM agg_head", database)
+        if places == [(int(head), "")] * len(nodes):
+            return
+        await asyncio.sleep(0.1)
+    for node in nodes.values():
         with open(node.output) as file:
-            assert place.get("position") == head, file.read()[-3000:]
+            print(file.read()[-3000:])
+    raise AssertionError(f"the log ends at {head}, and the nodes stand at {places}")
 
 
 # ============================================================================
@@ -17072,6 +17088,97 @@ def test_while_the_log_stays_away_requests_fail_and_then_it_goes_on(tmp_path):
     in_cluster(tmp_path, scenario)
 
 
+def test_servers_that_hang_do_not_add_their_time_to_that_of_a_request(tmp_path):
+    async def scenario(nodes):
+        view = MemoryView(MemoryLog())
+        a = await nodes.start("a", view)
+        view.append = hang
+        began = time.monotonic()
+        waiting = []
+        for number in range(3):
+            waiting.append(asyncio.ensure_future(send_numbers(a, number)))
+            await asyncio.sleep(0.01)
+        for publishing in waiting:
+            assert "no answer within" in await refusal_of(publishing)
+        assert time.monotonic() - began < 10
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_what_does_not_come_out_of_the_log_is_refused_in_time(tmp_path):
+    async def scenario(nodes):
+        log = MemoryLog()
+        view = MemoryView(log)
+        nodes.limits = QUICK._replace(poll_s=60.0)
+        a = await nodes.start("a", view)
+        await level(a)
+        read, view.read = view.read, unreadable
+        # Another node's entry comes first, so it has to be read before ours is applied.
+        log.add("x", 1, aggregator.encode_entry(entry_of("x", 1, 1)))
+        publishing = []
+        for number in range(2, 2 + 2 * aggregator.LOG_GROUPS_AHEAD):
+            publishing.append(asyncio.ensure_future(send_numbers(a, number)))
+            await asyncio.sleep(0.01)
+        reason = await refusal_of(publishing[0])
+        assert "does not come out of it: memory:1: only reads fail" in reason
+        assert "What was sent may still be stored" in reason
+        for rest in publishing[1:]:
+            await refusal_of(rest)
+        # What could not be applied is not put into the log again and again.
+        entries = len(log.rows)
+        for number in range(20, 23):
+            assert "the log cannot be read" in await refusal_of(send_numbers(a, number))
+        assert len(log.rows) == entries
+        assert "only reads fail" in await a.health()
+        view.read = read
+        await until_true(lambda: not a._log_troubles)
+        assert (await send_numbers(a, 2))[0][0] == "duplicate"
+        assert a._ahead._value == aggregator.LOG_GROUPS_AHEAD
+        stats = await a.stats()
+        assert stats["current_queue_size"] == 0
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_health_wants_an_entry_that_the_log_took_after_one_that_it_did_not_take(tmp_path):
+    async def scenario(nodes):
+        log = MemoryLog()
+        view = MemoryView(log)
+        a = await nodes.start("a", view)
+        assert await send_numbers(a, 1) == [("new", 1)]
+        append, view.append = view.append, hang
+        await refusal_of(send_numbers(a, 2))
+        # Reads and barriers go well meanwhile.
+        barriers = view.barriers
+        await until_true(lambda: view.barriers > barriers + 2)
+        assert "no answer within" in await a.health()
+        # Nobody publishes. The node finds out by an entry without events.
+        view.append = append
+        await until_true(lambda: not a._log_troubles)
+        assert await a.health() == ""
+        assert [len(entry.records) for entry in log.entries()] == [1, 0]
+        assert await send_numbers(a, 2) == [("new", 2)]
+        assert a._ahead._value == aggregator.LOG_GROUPS_AHEAD
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_an_entry_that_is_under_way_for_too_long_is_a_trouble(tmp_path):
+    async def scenario(nodes):
+        view = MemoryView(MemoryLog())
+        a = await nodes.start("a", view)
+        a.limits = a.limits._replace(commit_hangs_s=0.05)
+        view.append = hang
+        publishing = asyncio.ensure_future(send_numbers(a, 1))
+        await until_true(lambda: a.trouble() is not None)
+        assert "an entry has been under way to the log" in await a.health()
+        assert not a._log_troubles
+        await nodes.crash(a)
+        publishing.cancel()
+
+    in_cluster(tmp_path, scenario, PATIENT)
+
+
 def test_a_node_that_is_cut_off_says_so_and_answers_reads(tmp_path):
     async def scenario(nodes):
         log = MemoryLog()
@@ -17127,10 +17234,6 @@ def test_a_node_appends_nothing_before_it_has_compared_its_store_with_the_log(tm
         view = MemoryView(MemoryLog())
         view.reachable = False
         a = await nodes.start("a", view)
-
-        async def unreadable(after):
-            raise aggregator.LogUnavailable("memory:1: only reads fail")
-
         view.read = unreadable
         view.reachable = True
         assert "has not compared its store" in await refusal_of(send_numbers(a, 1))
@@ -17489,6 +17592,8 @@ def test_while_no_standby_confirms_nothing_is_acknowledged_and_reads_go_on(
         assert "no standby confirms" in await a.health()
         assert (await a.event("t", "1"))[0] == 1
         assert (await a.event("t", "2"))[0] is None
+        level_s = a._level_s
+        await until_true(lambda: a._loop.time() - level_s > QUICK.answer_s)
         assert (await a.stats())["log"]["lag_seconds"] > QUICK.answer_s
         postgres.reconfigure("synchronous_standby_names", "")
         assert await send_numbers(a, 2) in ([("new", 2)], [("duplicate", 2)])
@@ -17624,13 +17729,17 @@ def test_three_nodes_in_any_interleaving_do_what_a_dict_does(tmp_path, seed):
             node._log.failure_rate = 0
             node.failure_rate = 0
         await until_true(lambda: not log.held)
+        # A node whose appends failed puts one more entry into the log.
+        await until_true(lambda: not any(node._log_troubles for node in nodes.running))
         for node in nodes.running:
             await until_true(lambda node=node: node._mark.position == len(log.rows))
             stats = await node.stats()
             assert stats["current_queue_size"] == 0
         await nodes.stop()
 
-    limits = QUICK._replace(give_up_s=0.05, retry_s=0.001, poll_s=0.001, proof_s=0.01)
+    limits = QUICK._replace(
+        give_up_s=0.05, last_try_s=0.02, retry_s=0.001, poll_s=0.001, proof_s=0.01
+    )
     in_cluster(tmp_path, scenario, limits)
     paths = [str(tmp_path / f"{name}.db") for name in names]
     assert_equal_stores(paths)
