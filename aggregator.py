@@ -16635,9 +16635,13 @@ LOG_READ_BYTES = 4 * 1024 * 1024
 # How long the log keeps its entries, in seconds. A node that was away for longer needs
 # a copy of another node's store.
 LOG_KEEP_S = 7 * 86_400.0
-# The advisory lock under which tables are made and old entries removed. Any number
-# does, if all nodes have the same.
+# The advisory locks under which the tables are made, and old entries removed. Any
+# numbers do, if all nodes have the same. They are two, because a node that connects
+# must not wait for one that removes entries.
 LOG_LOCK = 4711
+LOG_TRIM_LOCK = 4712
+# Old entries that one statement removes. It must be done well within `answer_s`.
+LOG_TRIM_ENTRIES = 1000
 POSTGRES_PORT = 5432
 # Bytes of the longest message that we read. A body is at most a few MB.
 POSTGRES_MESSAGE_MAX_BYTES = 256 * 1024 * 1024
@@ -17332,10 +17336,16 @@ class PostgresSession:
             raise LogUnavailable(f"{connection.server} is a standby")
 
     async def _create_tables(self, connection: PostgresConnection) -> None:
-        """Make the tables if there are none. One node at a time, hence the lock."""
+        """Make the tables if there are none. One node at a time, hence the lock.
+
+        They nearly always exist. So it looks first without the lock.
+        """
         await connection.query(
             f"""
             DO $$ BEGIN
+                IF to_regclass('agg_head') IS NOT NULL THEN
+                    RETURN;
+                END IF;
                 PERFORM pg_advisory_xact_lock({LOG_LOCK});
                 IF to_regclass('agg_head') IS NULL THEN
                     CREATE TABLE agg_log(
@@ -17513,22 +17523,36 @@ class PostgresLog:
             base,
         )
 
-    async def trim(self) -> None:
-        """Remove old entries, unless another node is doing it. The newest stays."""
-        await self._reading.query(
+    async def trim(self) -> bool:
+        """Remove some old entries, the oldest first; whether there may be more.
+
+        It does nothing while another node is doing it. The newest entry of those looked
+        at stays, so the log never becomes empty. What goes is always all up to a
+        position: a row that is older than one before it must not leave a gap.
+        """
+        ((removed,),) = await self._reading.query(
             f"""
-            DELETE FROM agg_log
-            WHERE pos < (
-                SELECT pos
+            WITH oldest AS (
+                SELECT pos, at > now() - $1::bigint * interval '1 second' AS is_young
                 FROM agg_log
-                WHERE at > now() - $1::bigint * interval '1 second'
                 ORDER BY pos
-                LIMIT 1
+                LIMIT $2::bigint
+            ),
+            removed AS (
+                DELETE FROM agg_log
+                WHERE pos < (
+                    SELECT coalesce(min(pos) FILTER (WHERE is_young), max(pos))
+                    FROM oldest
+                )
+                AND pg_try_advisory_xact_lock({LOG_TRIM_LOCK})
+                RETURNING pos
             )
-            AND pg_try_advisory_xact_lock({LOG_LOCK})
+            SELECT count(*) FROM removed
             """,
             int(self._limits.keep_s),
+            LOG_TRIM_ENTRIES,
         )
+        return int_cell(removed) >= LOG_TRIM_ENTRIES - 1
 
     def close(self) -> None:
         """Close both connections."""
@@ -18211,11 +18235,16 @@ class ReplicatedPipeline(Pipeline):
         timer.cancel()
 
     async def _trim_now_and_then(self) -> None:
-        """Every node tries, and one of them gets the lock."""
+        """Every node tries, and one of them gets the lock.
+
+        If there is more to remove, it goes on at the next turn of the follower.
+        """
         now_s = self._loop.time()
-        if now_s - self._trimmed_s > self._log_limits.trim_s:
-            self._trimmed_s = now_s
-            await self._log.trim()
+        if now_s - self._trimmed_s <= self._log_limits.trim_s:
+            return
+        self._trimmed_s = now_s
+        if await self._log.trim():
+            self._trimmed_s -= self._log_limits.trim_s
 
     def _take_nothing_more(self, reason: str) -> None:
         """The log and this store have parted. An operator decides."""

@@ -16623,6 +16623,69 @@ def test_old_entries_are_removed_and_the_newest_stays(database):
 
 
 @needs_postgres
+def test_many_old_entries_are_removed_in_portions(database):
+    most = aggregator.LOG_TRIM_ENTRIES
+
+    async def scenario(log):
+        await log.read(0)
+        ask_log(
+            database,
+            "INSERT INTO agg_log SELECT pos, 'w', pos, '', now() - interval '8 days', ''"
+            f" FROM generate_series(1, {2 * most}) AS pos",
+        )
+        assert await log.trim()
+        assert ask_log(database, "SELECT count(*) FROM agg_log") == [str(most + 1)]
+        assert await log.trim()
+        assert not await log.trim()
+        assert ask_log(database, "SELECT pos FROM agg_log") == [str(2 * most)]
+
+    in_log(database, scenario)
+
+
+@needs_postgres
+def test_an_old_entry_behind_a_young_one_stays(database):
+    async def scenario(log):
+        for number in range(1, 4):
+            await log.append("w", number, b"x")
+        ask_log(database, "UPDATE agg_log SET at = now() - interval '8 days' WHERE pos = 2")
+        await log.trim()
+        assert [row.position for row in (await log.read(0)).rows] == [1, 2, 3]
+
+    in_log(database, scenario)
+
+
+def test_a_node_goes_on_removing_while_there_is_more(tmp_path):
+    async def scenario(nodes):
+        view = MemoryView(MemoryLog())
+        portions = [True, True, True, False]
+
+        async def trim():
+            return portions.pop(0)
+
+        view.trim = trim
+        a = await nodes.start("a", view)
+        # The first is due a minute after the start.
+        a._trimmed_s -= nodes.limits.trim_s
+        await until_true(lambda: not portions)
+
+    in_cluster(tmp_path, scenario)
+
+
+@needs_postgres
+def test_whoever_connects_does_not_wait_for_one_that_makes_tables_or_removes(database):
+    async def scenario(log):
+        await log.append("w", 1, b"x")
+        other = await connected(database)
+        await other.query("SELECT pg_advisory_lock(4711), pg_advisory_lock(4712)")
+        # A new connection.
+        log.close()
+        assert [row.position for row in (await log.read(0)).rows] == [1]
+        other.close()
+
+    in_log(database, scenario)
+
+
+@needs_postgres
 def test_a_read_fetches_a_bounded_number_of_entries_and_bytes(database):
     async def scenario(log):
         large = bytes(aggregator.LOG_READ_BYTES // 3)
