@@ -1853,6 +1853,8 @@ class LogMark(NamedTuple):
     received: int  # events decided up to it
     # The last number of each writer whose entry is applied.
     writers: Dict[str, int]
+    # Whether the store was used without the log since.
+    was_alone: bool = False
 
 
 class Moment(NamedTuple):
@@ -2636,7 +2638,8 @@ class Store:
 
         Only a store that is used with a log has the table `replica`: `through` is the
         position in the row 'position', the events decided up to there in 'received',
-        and the last entry of each writer in 'writer NAME'. Raises StoreFailed.
+        and the last entry of each writer in 'writer NAME'. The row 'alone' is there if
+        the store was opened without its log since. Raises StoreFailed.
         """
         with self._transaction():
             self.db.execute(
@@ -2656,9 +2659,36 @@ class Store:
                 mark = mark._replace(position=through, chain=chain)
             elif kind == "received":
                 mark = mark._replace(received=through)
+            elif kind == "alone":
+                mark = mark._replace(was_alone=True)
             else:
                 mark.writers[writer] = through
         return mark
+
+    def join_log(self) -> None:
+        """Note that this store and a log go together from here on. Raises StoreFailed."""
+        with self._transaction():
+            self.db.execute("INSERT OR IGNORE INTO replica VALUES('position', 0, x'')")
+            self.db.execute("DELETE FROM replica WHERE name = 'alone'")
+
+    def leave_log(self) -> None:
+        """Note that this store is used without its log, if it has one.
+
+        What is erased or stored now, no other node does. So the store may not go back:
+        it would be another than theirs, and nobody would notice. Raises StoreFailed.
+        """
+        tables = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'replica'"
+        if not query_value(self.db, tables):
+            return
+        with self._transaction():
+            self.db.execute(
+                """
+                INSERT OR IGNORE INTO replica(name, through, chain)
+                SELECT 'alone', 1, x''
+                FROM replica
+                WHERE name = 'position'
+                """
+            )
 
     def adopt_id(self, store_id: str) -> None:
         """Take the id of the store that this empty one becomes a replica of."""
@@ -17763,9 +17793,19 @@ class ReplicatedPipeline(Pipeline):
         self._tasks.append(self._loop.create_task(self._watch_log()))
 
     async def stop(self, timeout_s: float) -> bool:
-        """See Pipeline.stop."""
-        clean = await super().stop(timeout_s)
+        """See Pipeline.stop. Before, catch up with the log, if it answers.
+
+        So of the nodes that are stopped one after the other, the last has everything.
+        That takes half of the time at most. The consumer goes on meanwhile.
+        """
+        began_s = self._loop.time()
+        with contextlib.suppress(LogUnavailable):
+            await within(timeout_s / 2, self.catch_up(), "the log did not answer")
+        left_s = max(0.0, timeout_s - (self._loop.time() - began_s))
+        clean = await super().stop(left_s)
         self._log.close()
+        if self._joined:
+            log.info("LOG - this node stands at entry %d of %d", self._mark.position, self._head)
         return clean
 
     # ---- Do this store and this log go together? ----
@@ -17783,6 +17823,8 @@ class ReplicatedPipeline(Pipeline):
         stretch = await self._log.read(self._mark.position)
         received = await self._ask_writer(self._store.received)
         if not stretch.base and stretch.head == self._mark.position == 0:
+            # It does not go back to a log. It begins one.
+            await self._become_part()
             await self._log.claim_base(f"{self._store.store_id}:{received}")
             stretch = await self._log.read(self._mark.position)
         await self._log.barrier()
@@ -17797,14 +17839,25 @@ class ReplicatedPipeline(Pipeline):
                 f"the log began from store {base_id}, and this is store {self._store.store_id}:"
                 " start with a copy of another node's store, or with an empty one if all did"
             )
+        if self._mark.was_alone:
+            raise LogRefused(
+                "this store has left the log: it was used without the log since. Start with a"
+                " copy of another node's store"
+            )
         if received != expected:
             raise LogRefused(
                 f"this store has decided {received} events, and {expected} at the place in the"
                 " log where it stands: it was used without the log, or the copy is too old."
                 " Start with a copy of another node's store"
             )
+        await self._become_part()
         self._base = stretch.base
         self._joined = True
+
+    async def _become_part(self) -> None:
+        """Note in the store that it belongs to the log."""
+        await self._ask_writer(self._store.join_log)
+        self._mark = self._mark._replace(was_alone=False)
 
     def _read_base(self, stretch: LogStretch) -> Tuple[str, int]:
         """The id of the store that a log began from, and its events. Raises LogRefused."""
@@ -19702,7 +19755,10 @@ def open_store(settings: Settings) -> Store:
         retention_us=settings.retention,
         dedup_retention_us=settings.dedup_retention,
     )
-    return Store(settings.db, store_settings)
+    store = Store(settings.db, store_settings)
+    if settings.log is None:
+        store.leave_log()
+    return store
 
 
 def make_pipeline(settings: Settings) -> Pipeline:

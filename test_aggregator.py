@@ -6008,6 +6008,11 @@ def backends(server, statement, wanted="pid"):
     )
 
 
+def open_alone(path):
+    """The store of a file as the program opens it without a log."""
+    return aggregator.open_store(aggregator.read_settings("serve", ["--db", path], {}))
+
+
 async def start_on(nodes, name, url):
     """Start a node whose log is in PostgreSQL."""
     log = aggregator.PostgresLog(aggregator.parse_log_url(url), name, nodes.limits)
@@ -16785,18 +16790,18 @@ def test_a_store_does_not_depend_on_how_many_entries_are_applied_together(tmp_pa
 def test_the_position_moves_in_the_transaction_that_applies(tmp_path):
     path = str(tmp_path / "a")
     store = aggregator.Store(path)
-    assert store.log_mark() == (0, b"", 0, {})
+    assert store.log_mark() == (0, b"", 0, {}, False)
     group = aggregator.LogGroup(
         [aggregator.record_of(event) for event in numbered_events(1, 2, 1)], NOW
     )
     store.apply([group], aggregator.LogMark(1, b"c", 0, {"w": 7}), NOW)
-    assert store.log_mark() == (1, b"c", 3, {"w": 7})
+    assert store.log_mark() == (1, b"c", 3, {"w": 7}, False)
     check_files = store._check_files
     store._check_files = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         store.apply([group], aggregator.LogMark(2, b"d", 0, {"w": 8}), NOW)
     store._check_files = check_files
-    assert store.log_mark() == (1, b"c", 3, {"w": 7})
+    assert store.log_mark() == (1, b"c", 3, {"w": 7}, False)
     store.close()
 
 
@@ -16805,7 +16810,7 @@ def test_the_number_of_a_writer_never_goes_back(tmp_path):
     store.log_mark()
     store.apply([], aggregator.LogMark(1, b"c", 0, {"w": 7}), NOW)
     store.apply([], aggregator.LogMark(2, b"d", 0, {"w": 3}), NOW)
-    assert store.log_mark() == (2, b"d", 0, {"w": 7})
+    assert store.log_mark() == (2, b"d", 0, {"w": 7}, False)
     store.close()
 
 
@@ -17512,6 +17517,85 @@ def test_going_back_to_one_node_and_then_to_the_log_again_is_refused(tmp_path):
         alone.close()
         reason = await refusal_of(nodes.start("a", MemoryView(log)))
         assert "it was used without the log" in reason
+
+    in_cluster(tmp_path, scenario)
+
+
+@with_cases("numbers", {"after some entries": (1, 2), "before the first entry": ()})
+def test_a_store_that_was_used_alone_to_erase_may_not_go_back(tmp_path, numbers):
+    async def scenario(nodes):
+        single = aggregator.Store(nodes.path("a"))
+        single.commit([aggregator.record_of(event) for event in numbered_events(1)], NOW)
+        single.close()
+        log = MemoryLog()
+        a = await nodes.start("a", MemoryView(log))
+        for number in numbers:
+            await send_numbers(a, number)
+        await nodes.stop()
+        alone = open_alone(nodes.path("a"))
+        assert alone.erase_event("t", "1") == 1
+        alone.close()
+        reason = await refusal_of(nodes.start("a", MemoryView(log)))
+        assert "it was used without the log since" in reason
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_a_store_that_was_alone_may_begin_a_log(tmp_path):
+    async def scenario(nodes):
+        open_alone(nodes.path("a")).close()
+        await nodes.start("a", MemoryView(MemoryLog()))
+        await nodes.stop()
+        open_alone(nodes.path("a")).close()
+        log = MemoryLog()
+        view = MemoryView(log)
+        # It claims the base, and does not know yet whether that is on the quorum.
+        view.quorum = None
+        a = await nodes.start("a", view)
+        await until_true(lambda: log.base)
+        view.quorum = True
+        await until_true(lambda: not a._log_troubles)
+        assert await send_numbers(a, 1) == [("new", 1)]
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_alone_a_store_that_never_had_a_log_is_not_marked(tmp_path):
+    path = str(tmp_path / "a")
+    open_alone(path).close()
+    store = open_alone(path)
+    tables = {name for (name,) in store.db.execute("SELECT name FROM sqlite_master")}
+    assert "replica" not in tables
+    # It looked for its log, did not find it, and was used without.
+    store.log_mark()
+    store.close()
+    store = open_alone(path)
+    assert not store.log_mark().was_alone
+    store.close()
+
+
+def test_a_node_that_stops_catches_up_first(tmp_path):
+    async def scenario(nodes):
+        log = MemoryLog()
+        a = await nodes.start("a", MemoryView(log))
+        nodes.limits = QUICK._replace(poll_s=60.0)
+        b = await nodes.start("b", MemoryView(log))
+        await send_numbers(a, 1, 2)
+        await nodes.stop()
+        assert (a._mark.position, b._mark.position) == (1, 1)
+        assert_equal_stores([nodes.path("a"), nodes.path("b")])
+
+    in_cluster(tmp_path, scenario)
+
+
+def test_a_node_that_stops_waits_no_longer_for_a_log_that_hangs_than_it_may(tmp_path):
+    async def scenario(nodes):
+        nodes.limits = QUICK._replace(catch_up_s=600.0, poll_s=600.0)
+        view = MemoryView(MemoryLog())
+        a = await nodes.start("a", view)
+        view.read = hang
+        nodes.running.remove(a)
+        assert await a.stop(0.2)
 
     in_cluster(tmp_path, scenario)
 
