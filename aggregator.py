@@ -16655,6 +16655,15 @@ def health(settings: HealthSettings) -> int:
 
 # What an entry may contain. Whatever would change a verdict gets a new version here.
 ENTRY_VERSION = 1
+# The types of its parts: of its head, of an event, of an order to erase.
+NOTHING = type(None)
+ENTRY_TYPES = frozenset({(str, int, int)})
+EVENT_TYPES = frozenset(
+    (str, str, int, str, str, sequence_type) for sequence_type in (int, NOTHING)
+)
+ERASURE_TYPES = frozenset(
+    (str, id_type, bool, until_type) for id_type in (str, NOTHING) for until_type in (int, NOTHING)
+)
 # Groups that are appended and not yet applied, of one node.
 LOG_GROUPS_AHEAD = 4
 # Entries that one read fetches. All of them are applied in one transaction.
@@ -16690,6 +16699,7 @@ REWOUND = (
     " old backup or by a standby that lacked entries. Nothing more is taken. Compare the nodes,"
     " choose the store to go on with, and see 'More than one machine' in the README"
 )
+BREAKS_SCRAM = "the server breaks the rules of SCRAM-SHA-256"
 HANGS = "the log hangs, or no standby confirms: no answer"
 MAY_BE_STORED = "What was sent may still be stored: send it again, with the same ids"
 OTHER_BASE = (
@@ -16787,6 +16797,8 @@ def parse_log_url(url: str) -> LogAddress:
     >>> print(address, address.password, address.sslmode)
     postgres://me@db1:5432,db2:5433/events s@fe prefer
     """
+    if _SURROGATE.search(url):
+        raise ValueError("must be UTF-8; write any other byte as %xx")
     match = re.fullmatch(r"postgres(?:ql)?://([^/?#]*)/([^?#]*)(?:\?([^#]*))?", url)
     # The part before the last @ may hold a password, and so may everything if there is
     # no @, or if one comes late. Then no message may show a piece of it.
@@ -16877,13 +16889,18 @@ class Scram:
         from binascii import a2b_base64
 
         text = challenge.decode("ascii", "replace")
-        match = re.fullmatch(r"r=([^,]+),s=([A-Za-z0-9+/=]+),i=([0-9]{1,7})", text)
+        # A nonce is of printable ASCII without the comma (RFC 5802 §7).
+        match = re.fullmatch(r"r=([!-+\--~]+),s=([A-Za-z0-9+/]+={0,2}),i=([0-9]{1,7})", text)
         if match is None or not match.group(1).startswith(self._nonce):
-            raise LogUnavailable("the server breaks the rules of SCRAM-SHA-256", LOGIN_REFUSED)
-        nonce, salt, rounds = match.groups()
+            raise LogUnavailable(BREAKS_SCRAM, LOGIN_REFUSED)
+        nonce, salt_text, rounds = match.groups()
+        try:
+            salt = a2b_base64(salt_text)
+        except ValueError:
+            raise LogUnavailable(BREAKS_SCRAM, LOGIN_REFUSED)
         if not 0 < int(rounds) <= SCRAM_MAX_ROUNDS:
             raise LogUnavailable(f"the server asks for {rounds} rounds of SCRAM", LOGIN_REFUSED)
-        salted = salt_password(self._password, a2b_base64(salt), int(rounds))
+        salted = salt_password(self._password, salt, int(rounds))
         client_key = hmac.new(salted, b"Client Key", sha256).digest()
         server_key = hmac.new(salted, b"Server Key", sha256).digest()
         # "biws" is base64 of "n,,".
@@ -17081,7 +17098,8 @@ class PostgresConnection:
             if address.sslmode != "disable":
                 await self._secure(address)
             await self._log_in(address, application)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError) as error:
+            # ValueError: a name that can be no host, or what no PostgreSQL sends.
             self.close()
             raise LogUnavailable(f"{self.server}: {error}")
         except BaseException:
@@ -17113,7 +17131,12 @@ class PostgresConnection:
                     f"{self.server} offers no TLS, and sslmode={address.sslmode}", LOGIN_REFUSED
                 )
             return
-        context = ssl.create_default_context(cafile=address.root_certificate or None)
+        try:
+            context = ssl.create_default_context(cafile=address.root_certificate or None)
+        except OSError as error:
+            raise LogUnavailable(
+                f"sslrootcert {address.root_certificate}: {error.strerror or error}", LOGIN_REFUSED
+            )
         context.check_hostname = address.sslmode == "verify-full"
         if not address.sslmode.startswith("verify"):
             context.verify_mode = ssl.CERT_NONE
@@ -17197,7 +17220,7 @@ class PostgresConnection:
         try:
             self._send(*parts)
             rows = await self._collect_rows()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError) as error:
             self.close()
             raise LogUnavailable(self._why_it_broke(error))
         except PostgresError:
@@ -17250,8 +17273,8 @@ class PostgresConnection:
         body = await self._reader.readexactly(size)
         kind = head[:1]
         if kind == b"S":
-            name, value, *_ = body.decode("utf-8", "replace").split("\0")
-            self.parameters[name] = value
+            name, _, value = body.decode("utf-8", "replace").partition("\0")
+            self.parameters[name] = value.rstrip("\0")
         elif kind == b"N":
             fields = read_notice(body)
             if fields.get("V") == "WARNING":
@@ -17360,24 +17383,32 @@ class PostgresSession:
         standby = connection.parameters.get("in_hot_standby")
         if standby is None:
             # A server before 14 does not report it.
-            ((answer,),) = await connection.query("SELECT pg_is_in_recovery()")
-            standby = "on" if answer == b"\1" else "off"
+            answer = await connection.query("SELECT pg_is_in_recovery()")
+            standby = "off" if answer == [[b"\0"]] else "on"
         if standby == "on":
             raise LogUnavailable(f"{connection.server} is a standby")
 
     async def _create_tables(self, connection: PostgresConnection) -> None:
         """Make the tables if there are none. One node at a time, hence the lock.
 
-        They nearly always exist. So it looks first without the lock.
+        They nearly always exist. So it looks first without the lock. Not by
+        `to_regclass`: a server process remembers that a table was missing, and would
+        not see that another has made it meanwhile. A SELECT does.
+        """
+        is_missing = """
+            NOT EXISTS (
+                SELECT
+                FROM pg_tables
+                WHERE tablename = 'agg_head' AND schemaname = ANY (current_schemas(false))
+            )
         """
         await connection.query(
             f"""
             DO $$ BEGIN
-                IF to_regclass('agg_head') IS NOT NULL THEN
-                    RETURN;
+                IF {is_missing} THEN
+                    PERFORM pg_advisory_xact_lock({LOG_LOCK});
                 END IF;
-                PERFORM pg_advisory_xact_lock({LOG_LOCK});
-                IF to_regclass('agg_head') IS NULL THEN
+                IF {is_missing} THEN
                     CREATE TABLE agg_log(
                         pos bigint PRIMARY KEY,
                         writer text NOT NULL,
@@ -17656,16 +17687,27 @@ def decode_entry(body: bytes) -> Entry:
                 f" {ENTRY_VERSION}: update this node first"
             )
         writer, number, arrived_us, events, *erasures = rest
+        check_types((writer, number, arrived_us), ENTRY_TYPES)
         records = []
-        for topic, event_id, timestamp, source, payload, sequence in events:
-            event = Event(topic, event_id, timestamp, source, payload, sequence)
-            records.append(record_of(event))
+        for fields in events:
+            check_types(fields, EVENT_TYPES)
+            records.append(record_of(Event(*fields)))
         erasure = None
         if erasures:
             erasure = EraseOrder(**erasures[0])
+            check_types(erasure, ERASURE_TYPES)
         return Entry(writer, number, arrived_us, records, erasure)
-    except (ValueError, TypeError, zlib.error) as error:
+    except (ValueError, TypeError, RecursionError, zlib.error) as error:
         raise LogRefused(f"the log has an entry that nobody can read ({error}): it is damaged")
+
+
+def check_types(values: Sequence[Any], known: FrozenSet[Tuple[type, ...]]) -> None:
+    """Raise ValueError if values have other types than any of those that are known.
+
+    A wrong one would fail only where it is stored, and that would be tried for ever.
+    """
+    if tuple(map(type, values)) not in known:
+        raise ValueError("something in it has a wrong type")
 
 
 def decode_entries(bodies: Sequence[bytes]) -> List[Entry]:
@@ -18861,7 +18903,7 @@ SETTINGS = (
     ),
     Setting(
         "--node",
-        read_text,
+        read_name,
         "name of this node in /stats; else the host's name",
         variable="NODE_NAME",
         needs="--log",
@@ -19781,7 +19823,8 @@ def node_name() -> str:
     """The name of this host."""
     import socket
 
-    return socket.gethostname() or "unnamed"
+    name = socket.gethostname().encode("utf-8", "replace").decode("utf-8")
+    return name or "unnamed"
 
 
 def limits_shown(settings: Settings) -> Dict[str, Any]:

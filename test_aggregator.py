@@ -5566,7 +5566,7 @@ QUICK = aggregator.LogLimits(
     connect_s=1.0,
     answer_s=0.7,
     give_up_s=0.4,
-    last_try_s=0.1,
+    last_try_s=0.3,
     retry_s=0.02,
     poll_s=0.01,
     proof_s=0.2,
@@ -16312,6 +16312,7 @@ def test_an_address_shows_no_password():
         port 0 | postgres://me:hush@h:0/d | the port 0
         a port that is too large | postgres://me:hush@h:65536/d | the port 65536
         an IPv6 address without brackets | postgres://me:hush@::1/d | '::1' where a host
+        bytes that are not UTF-8 | postgres://me:hush\udce9@h/d | must be UTF-8
         """
     ),
 )
@@ -16343,6 +16344,9 @@ def test_without_pbkdf2_the_password_is_salted_by_hand(monkeypatch):
         "no rounds": b"r=mine1,s=c2FsdA==,i=0",
         "more rounds than anybody needs": b"r=mine1,s=c2FsdA==,i=9999999",
         "an extension": b"m=x,r=mine1,s=c2FsdA==,i=4096",
+        "a salt without its end": b"r=mine1,s=A,i=4096",
+        "a salt of padding": b"r=mine1,s====,i=4096",
+        "a nonce outside ASCII": b"r=mine1\xff,s=c2FsdA==,i=4096",
     },
 )
 def test_a_challenge_against_the_rules_is_refused(challenge):
@@ -16407,6 +16411,65 @@ def test_a_connection_that_breaks_off_is_unavailable():
             assert "did not answer" in await refusal_of(connection.query("SELECT 1"))
 
     in_loop(run())
+
+
+@with_cases(
+    ("answers", "reason"),
+    {
+        "a parameter without a value": ((b"S\0\0\0\x05x" + WELCOME + READY, b"", READY), "standby"),
+        "a row that is cut off": ((WELCOME + READY, b"D\0\0\0\x06\0\1" + READY), "standby"),
+        "no row": ((WELCOME + READY, READY), "standby"),
+    },
+)
+def test_behind_a_server_that_is_none_the_next_one_is_tried(answers, reason):
+    async def run():
+        async with fake_postgres(*answers) as url:
+            nobody = f"127.0.0.1:{free_port()}"
+            url = url.replace("/d", f",{nobody}/d?sslmode=disable")
+            log = aggregator.PostgresLog(aggregator.parse_log_url(url), "n", QUICK)
+            refusal = await refusal_of(log.read(0))
+            assert reason in refusal
+            assert nobody in refusal
+            log.close()
+
+    in_loop(run())
+
+
+def test_a_server_that_breaks_the_rules_of_the_password_does_not_hide_the_next_one():
+    sasl = b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0"
+    challenge = b"R\0\0\0\x1d\0\0\0\x0br=\xff,s=c2FsdA==,i=4096"
+
+    async def run():
+        async with fake_postgres(sasl, challenge) as url:
+            nobody = f"127.0.0.1:{free_port()}"
+            url = url.replace("/d", f",{nobody}/d?sslmode=disable")
+            log = aggregator.PostgresLog(aggregator.parse_log_url(url), "n", QUICK)
+            refusal = await refusal_of(log.read(0))
+            assert "breaks the rules of SCRAM-SHA-256" in refusal
+            assert nobody in refusal
+            log.close()
+
+    in_loop(run())
+
+
+def test_a_host_name_that_cannot_be_one_is_unavailable():
+    url = f"postgres://u:x@{'h' * 70}.example/d?sslmode=disable"
+    with pytest.raises(aggregator.LogUnavailable, match="hhh.example"):
+        query(url, "SELECT 1")
+
+
+def test_a_file_of_certificates_that_is_missing_is_named_and_ends_the_start(tmp_path):
+    missing = str(tmp_path / "ca.pem")
+
+    async def scenario(nodes):
+        async with fake_postgres(b"S") as url:
+            url += f"?sslmode=verify-full&sslrootcert={missing}"
+            log = aggregator.PostgresLog(aggregator.parse_log_url(url), "n", QUICK)
+            reason = await refusal_of(nodes.start("a", log))
+            assert f"sslrootcert {missing}: No such file" in reason
+            assert "the log cannot be used" in reason
+
+    in_cluster(tmp_path, scenario)
 
 
 def test_a_failure_that_comes_with_the_end_of_the_connection_is_told():
@@ -16616,6 +16679,29 @@ def test_appends_of_many_nodes_at_once_stand_one_behind_the_other(database):
 
 
 @needs_postgres
+def test_nodes_that_begin_at_once_make_the_tables_once(database):
+    async def run():
+        address = aggregator.parse_log_url(database)
+        patient = QUICK._replace(connect_s=10.0, answer_s=10.0)
+        logs = [aggregator.PostgresLog(address, f"n{i}", patient) for i in range(4)]
+        holder = await connected(database)
+        await holder.query("SELECT pg_advisory_lock(4711)")
+        reading = [asyncio.ensure_future(log.read(0)) for log in logs]
+        # All have seen that there are no tables, and want to make them.
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        while await holder.query(waiting) != [[(4).to_bytes(8, "big")]]:
+            await asyncio.sleep(0.01)
+        await holder.query("SELECT pg_advisory_unlock(4711)")
+        for stretch in await asyncio.gather(*reading):
+            assert stretch.head == 0
+        holder.close()
+        for log in logs:
+            log.close()
+
+    in_loop(run())
+
+
+@needs_postgres
 def test_old_entries_are_removed_and_the_newest_stays(database):
     async def scenario(log):
         for number in range(1, 5):
@@ -16751,6 +16837,27 @@ def test_an_erasure_comes_back_as_it_was():
         "that is not deflated": (b"x", "is damaged"),
         "that is no JSON": (zlib.compress(b"["), "is damaged"),
         "that lacks a part": (zlib.compress(b'[1,"w"]'), "is damaged"),
+        "with a number for a topic": (
+            zlib.compress(b'[1,"w",1,0,[[7,"1",0,"s","{}",null]]]'),
+            "is damaged",
+        ),
+        "with a text for a time": (
+            zlib.compress(b'[1,"w",1,0,[["t","1","0","s","{}",null]]]'),
+            "is damaged",
+        ),
+        "with too few fields of an event": (zlib.compress(b'[1,"w",1,0,[["t"]]]'), "is damaged"),
+        "with an event that is none": (zlib.compress(b'[1,"w",1,0,[5]]'), "is damaged"),
+        "with a text for a number": (zlib.compress(b'[1,"w","1",0,[]]'), "is damaged"),
+        "with a list for a writer": (zlib.compress(b"[1,[],1,0,[]]"), "is damaged"),
+        "that erases what is no topic": (
+            zlib.compress(b'[1,"w",1,0,[],{"topic":7,"event_id":null}]'),
+            "is damaged",
+        ),
+        "that erases by an unknown field": (
+            zlib.compress(b'[1,"w",1,0,[],{"topic":"t","all":true}]'),
+            "is damaged",
+        ),
+        "that is nested too deeply": (zlib.compress(b"[" * 200_000), "is damaged"),
     },
 )
 def test_an_entry_is_refused(body, reason):
@@ -17743,6 +17850,7 @@ def test_while_no_standby_confirms_nothing_is_acknowledged_and_reads_go_on(
         await until_true(lambda: a._loop.time() - level_s > QUICK.answer_s)
         assert (await a.stats())["log"]["lag_seconds"] > QUICK.answer_s
         postgres.reconfigure("synchronous_standby_names", "")
+        await until_true(lambda: not a._log_troubles)
         assert await send_numbers(a, 2) in ([("new", 2)], [("duplicate", 2)])
 
     in_cluster(tmp_path, scenario)
@@ -17995,6 +18103,12 @@ def test_without_both_standbys_nothing_is_acknowledged(servers, tmp_path):
         "a URL that is none": (["--log", "mysql://u:hush@h/d"], {}, 2, "--log must look like"),
         "the same by the environment": ([], {"LOG_URL": "u:hush@h"}, 2, "LOG_URL must look like"),
         "a name without a log": (["--node", "a"], {}, 2, "--node needs --log"),
+        "a name that is not UTF-8": (
+            ["--log", "postgres://u:hush@127.0.0.1:1/d"],
+            {"NODE_NAME": os.fsdecode(b"caf\xe9")},
+            2,
+            "NODE_NAME must not hold control characters or lone surrogates",
+        ),
         "ids that are forgotten": (
             ["--log", "postgres://u:hush@127.0.0.1:1/d", "--dedup-retention", "7d"],
             {},
