@@ -16656,13 +16656,15 @@ def health(settings: HealthSettings) -> int:
 # What an entry may contain. Whatever would change a verdict gets a new version here.
 ENTRY_VERSION = 1
 # The types of its parts: of its head, of an event, of an order to erase.
-NOTHING = type(None)
+NONE_TYPE = type(None)
 ENTRY_TYPES = frozenset({(str, int, int)})
 EVENT_TYPES = frozenset(
-    (str, str, int, str, str, sequence_type) for sequence_type in (int, NOTHING)
+    (str, str, int, str, str, sequence_type) for sequence_type in (int, NONE_TYPE)
 )
 ERASURE_TYPES = frozenset(
-    (str, id_type, bool, until_type) for id_type in (str, NOTHING) for until_type in (int, NOTHING)
+    (str, id_type, bool, until_type)
+    for id_type in (str, NONE_TYPE)
+    for until_type in (int, NONE_TYPE)
 )
 # Groups that are appended and not yet applied, of one node.
 LOG_GROUPS_AHEAD = 4
@@ -16700,7 +16702,7 @@ REWOUND = (
     " choose the store to go on with, and see 'More than one machine' in the README"
 )
 BREAKS_SCRAM = "the server breaks the rules of SCRAM-SHA-256"
-HANGS = "the log hangs, or no standby confirms: no answer"
+LOG_HANGS = "the log hangs, or no standby confirms: no answer"
 MAY_BE_STORED = "What was sent may still be stored: send it again, with the same ids"
 OTHER_BASE = (
     "the log says that it began from {now!r}, and when this node joined it said {then!r}: it was"
@@ -17986,7 +17988,7 @@ class ReplicatedPipeline(Pipeline):
             try:
                 self._check_reading(began_s)
                 appending = self._log.append(self._writer_name, number, body)
-                appended = await within(ends_s - began_s, appending, HANGS)
+                appended = await within(ends_s - began_s, appending, LOG_HANGS)
                 self._log_troubles.pop("append", None)
                 self._log_proven_s = self._loop.time()
                 return appended
