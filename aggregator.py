@@ -5654,11 +5654,11 @@ class Pipeline:
             "current_queue_size": received - counted,
             "last_commit": commit,
             "store_id": self._store.store_id,
-            **self._size_of(books),
+            **self._size_facts(books),
             "health": self._health_of(self.trouble()),
         }
 
-    def _size_of(self, books: Dict[str, Any]) -> Dict[str, Any]:
+    def _size_facts(self, books: Dict[str, Any]) -> Dict[str, Any]:
         """What the books say of the size of the store, and of the room for it."""
         stored = books["stored"]
         return {
@@ -16274,15 +16274,15 @@ class DrillLoad:
         """The work of one sender, until nothing is left or something is wrong."""
         try:
             while self.failure is None:
-                numbers = self._take(batch)
+                numbers = self._take_numbers(batch)
                 if not numbers:
                     return
-                self._send(remote, numbers)
+                self._send_batch(remote, numbers)
         except Exception as error:
             # `send_and_kill`, which waits for the senders, raises it.
             self.failure = error
 
-    def _take(self, most: int) -> List[int]:
+    def _take_numbers(self, most: int) -> List[int]:
         """Numbers of the next batch; none once all was sent and no kill is to come.
 
         When everything has been sent and kills are still to come, random events are
@@ -16298,7 +16298,7 @@ class DrillLoad:
                 numbers.append(random.randrange(self.events.total))
             return numbers
 
-    def _send(self, remote: Remote, numbers: Sequence[int]) -> None:
+    def _send_batch(self, remote: Remote, numbers: Sequence[int]) -> None:
         """Send a batch until it is answered; note which events were acknowledged."""
         events = []
         for number in numbers:
@@ -17089,11 +17089,11 @@ class PostgresConnection:
     ) -> "PostgresConnection":
         """Connect and log in. Raises LogUnavailable and PostgresError."""
         connection = cls(server, limits.answer_s)
-        opening = connection._open(address, application)
+        opening = connection._begin_session(address, application)
         await within(limits.connect_s, opening, f"{server} did not answer")
         return connection
 
-    async def _open(self, address: LogAddress, application: str) -> None:
+    async def _begin_session(self, address: LogAddress, application: str) -> None:
         """What `open` does within its time: TCP, TLS, login."""
         try:
             await self._connect()
@@ -17324,7 +17324,7 @@ class PostgresSession:
         raised as PostgresError.
         """
         if self._connection is None:
-            self._connection = await self._connect()
+            self._connection = await self._connect_to_primary()
         try:
             return await self._connection.query(statement, *values)
         except PostgresError as error:
@@ -17344,7 +17344,7 @@ class PostgresSession:
             self._connection = None
             self._next_server = (self._next_server + 1) % len(self._address.servers)
 
-    async def _connect(self) -> PostgresConnection:
+    async def _connect_to_primary(self) -> PostgresConnection:
         """The first server, in order, that is no standby."""
         reasons: List[str] = []
         sqlstate = ""
@@ -17354,7 +17354,7 @@ class PostgresSession:
             # However the try ends, also if it is cancelled: the next one is elsewhere.
             self._next_server = (place + 1) % len(self._address.servers)
             try:
-                connection = await self._open(server)
+                connection = await self._open_connection(server)
                 self._next_server = place
                 self.primary = str(server)
                 return connection
@@ -17367,14 +17367,14 @@ class PostgresSession:
         self.primary = ""
         raise LogUnavailable("no server takes entries: " + "; ".join(reasons), sqlstate)
 
-    async def _open(self, server: LogServer) -> PostgresConnection:
+    async def _open_connection(self, server: LogServer) -> PostgresConnection:
         """A connection to a server that is no standby, with the tables there."""
         connection = await PostgresConnection.open(
             server, self._address, self._application, self._limits
         )
         try:
             await self._refuse_standby(connection)
-            await self._create_tables(connection)
+            await self._create_log_tables(connection)
         except BaseException:
             connection.close()
             raise
@@ -17390,7 +17390,7 @@ class PostgresSession:
         if standby == "on":
             raise LogUnavailable(f"{connection.server} is a standby")
 
-    async def _create_tables(self, connection: PostgresConnection) -> None:
+    async def _create_log_tables(self, connection: PostgresConnection) -> None:
         """Make the tables if there are none. One node at a time, hence the lock.
 
         They nearly always exist. So it looks first without the lock. Not by
@@ -17763,7 +17763,7 @@ class _Proof(NamedTuple):
 class ReplicatedPipeline(Pipeline):
     """A pipeline whose groups go through the log.
 
-    The consumer appends: queue → `_put` → log. The follower, a task of its own, applies
+    The consumer appends: queue → `_put_into_log` → log. The follower, a task, applies
     what comes out of the log, whoever put it in, and answers those who wait for it.
     While a group is appended, the one before is applied and the next one gathers.
 
@@ -17823,7 +17823,7 @@ class ReplicatedPipeline(Pipeline):
         began_s = self._loop.time()
         try:
             self._mark = await self._ask_writer(self._store.log_mark)
-            await within(self._log_limits.start_s, self._join(), "the log did not answer")
+            await within(self._log_limits.start_s, self._join_log(), "the log did not answer")
         except LogUnavailable as error:
             if error.sqlstate[:2] in CONFIGURATION_CLASSES:
                 await self.stop(0.0)
@@ -17854,7 +17854,7 @@ class ReplicatedPipeline(Pipeline):
 
     # ---- Do this store and this log go together? ----
 
-    async def _join(self) -> None:
+    async def _join_log(self) -> None:
         """Compare the store with the base of the log. Raises LogRefused.
 
         The base says which store the log began from, and how many events that store had
@@ -17927,9 +17927,9 @@ class ReplicatedPipeline(Pipeline):
     async def _commit_group(self, group: List[_Batch]) -> None:
         """Put a group into the log. The follower answers its publishers."""
         records = list(itertools.chain.from_iterable(batch.records for batch in group))
-        await self._put(records, None, group, None)
+        await self._put_into_log(records, None, group, None)
 
-    async def _put(
+    async def _put_into_log(
         self,
         records: List[Record],
         erasure: Optional[EraseOrder],
@@ -18025,7 +18025,7 @@ class ReplicatedPipeline(Pipeline):
             self._refuse_late()
             # While one is waited for, that one shows it.
             if "append" in self._log_troubles and not self._waiting_for and not self._refusal:
-                await self._put([], None, [], None)
+                await self._put_into_log([], None, [], None)
 
     def _refuse_late(self) -> None:
         """Refuse those whose entries are in the log and do not come out of it in time."""
@@ -18092,7 +18092,7 @@ class ReplicatedPipeline(Pipeline):
         would show an old head, and now and then, to see that the log lives.
         """
         if not self._joined:
-            await self._join()
+            await self._join_log()
         if not must_read:
             rows = self._own_rows()
             if rows:
@@ -18254,7 +18254,7 @@ class ReplicatedPipeline(Pipeline):
             self._taken -= others
             raise
         for step, decision in zip(fresh, decisions):
-            self._answer(step, decision, taken)
+            self._answer_waiting(step, decision, taken)
         for step in late:
             if step.waiting is not None:
                 taken.remove(step.waiting)
@@ -18292,7 +18292,7 @@ class ReplicatedPipeline(Pipeline):
                 del self._own[position]
         return decisions
 
-    def _answer(self, step: _Step, decision: Decision, taken: List[_Waiting]) -> None:
+    def _answer_waiting(self, step: _Step, decision: Decision, taken: List[_Waiting]) -> None:
         """Tell the publishers of an entry that it is applied."""
         waiting = step.waiting
         if waiting is None:
@@ -18424,7 +18424,7 @@ class ReplicatedPipeline(Pipeline):
         """Put an order into the log; what it erased here, once it is applied here."""
         erased: asyncio.Future[Optional[int]] = self._loop.create_future()
         # A task of its own: a client that goes away must not cancel an append.
-        putting = self._loop.create_task(self._put([], order, [], erased))
+        putting = self._loop.create_task(self._put_into_log([], order, [], erased))
         try:
             await asyncio.shield(putting)
             return await erased
@@ -19524,13 +19524,13 @@ class StopRequest:
         import threading
 
         # A thread, because what hangs may be the loop itself.
-        timer = threading.Timer(self._limits.total_s, self._give_up)
+        timer = threading.Timer(self._limits.total_s, self._give_up_waiting)
         timer.daemon = True
         with contextlib.suppress(RuntimeError):  # no thread to be had
             timer.start()
         self.asked.set()
 
-    def _give_up(self) -> None:
+    def _give_up_waiting(self) -> None:
         """Say what happened, and end the process. It runs in the timer's thread.
 
         `os._exit` and not `sys.exit`: the latter would wait for the thread that hangs.

@@ -7293,7 +7293,7 @@ class StatementsAbout:
 # The standard library as far as serving needs it.
 AT_ONCE = """
     argparse asyncio binascii bisect collections concurrent.futures contextlib datetime errno
-    functools gc hashlib itertools json logging os re signal sqlite3 sys time typing zlib
+    functools gc hashlib io itertools json logging os re signal sqlite3 stat sys time typing zlib
 """
 
 THE_LOG = number_of("More than one machine")
@@ -7434,6 +7434,17 @@ def test_importing_does_no_work():
 def test_a_function_fits_on_a_page():
     for function in functions():
         assert lines_of_code(function) <= 60, function.name
+
+
+def test_private_names_are_unique():
+    # `_commit_group` of a subclass is another way to do the same.
+    homes = {}
+    for scope in (TREE, *(node for node in TREE.body if isinstance(node, ast.ClassDef))):
+        for node in scope.body:
+            if isinstance(node, SCOPES) and re.match("_[^_]", node.name):
+                homes.setdefault(node.name, []).append(getattr(scope, "name", ""))
+    several = {name for name, found in homes.items() if len(found) > 1}
+    assert several == {"_commit_group"}
 
 
 def test_half_of_the_functions_are_short():
