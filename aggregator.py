@@ -13713,6 +13713,8 @@ BACKOFF_MAX_S = 10.0
 # Seconds to wait for a byte of an answer, and of a live tail, which speaks every 15 s.
 ANSWER_TIMEOUT_S = 30.0
 TAIL_TIMEOUT_S = 45.0
+# Seconds that the last attempt before the end of --timeout has.
+MIN_TIMEOUT_S = 0.05
 # Seconds between two looks at a followed log.
 FILE_POLL_S = 0.2
 # Seconds without a new line after which a rotated file gives way to the next: its
@@ -13747,6 +13749,8 @@ STATUS_S = 20.0
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+# Bytes in which UTF-16 shows without a byte order mark.
+UTF16_BYTES = 64
 
 
 class ClientLimits(NamedTuple):
@@ -13857,14 +13861,14 @@ class _Backoff:
         self._limits = limits
         self._attempts = 0
 
-    def pause(self, least_s: float = 0.0) -> None:
-        """Sleep, and for `least_s` seconds at least."""
+    def pause(self, least_s: float = 0.0, most_s: float = float("inf")) -> None:
+        """Sleep, for `least_s` seconds at least, and `most_s` at most."""
         import random
 
         bound_s = self._limits.backoff_s * 2 ** min(self._attempts, 20)
         bound_s = min(bound_s, self._limits.backoff_max_s)
         self._attempts += 1
-        time.sleep(max(least_s, random.uniform(0, bound_s)))
+        time.sleep(min(most_s, max(least_s, random.uniform(0, bound_s))))
 
 
 def _ignore_trouble(trouble: str) -> None:
@@ -13875,8 +13879,9 @@ class Remote:
     """A service seen over one connection, made anew whenever it breaks.
 
     For one thread at a time. `waits` is told what it waits for, and "" once that is
-    over. After `patience_s` seconds without success a ClientError is raised. A token in
-    a file is read for each request, so it can be replaced while a follower runs.
+    over. After `patience_s` seconds without success a ClientError is raised; no pause and
+    no silence of the service outlasts them. A token in a file is read for each request,
+    so it can be replaced while a follower runs.
     """
 
     def __init__(
@@ -13895,6 +13900,7 @@ class Remote:
         if address.scheme == "https":
             kind = http.client.HTTPSConnection
         self._connection = kind(address.hostname, address.port, timeout=timeout_s)
+        self._timeout_s = timeout_s
         self._address = address
         # Whether the service, or a proxy before it, runs on this machine.
         self.is_here = is_loopback(address.hostname)
@@ -13918,24 +13924,39 @@ class Remote:
 
         A broken connection, 408, 429 and 5xx are tried again. Raises ClientError.
         """
-        began = time.monotonic()
+        end_s = time.monotonic() + self._patience_s
         backoff = _Backoff(self.limits)
         all_fields = dict(self._fields)
         all_fields.update(fields)
         while True:
+            self._bound_silence(end_s - time.monotonic())
             try:
-                return self._attempt(method, target, body, all_fields, stream)
+                response = self._attempt(method, target, body, all_fields, stream)
+                break
             except _Passing as passing:
-                if time.monotonic() - began >= self._patience_s:
+                left_s = end_s - time.monotonic()
+                # Where the service names a time behind the end, waiting is in vain.
+                if left_s <= passing.least_s:
                     raise ClientError(str(passing))
                 self.waits(str(passing))
-                backoff.pause(passing.least_s)
+                backoff.pause(passing.least_s, left_s)
+        # A live tail may be silent for longer.
+        self._bound_silence(self._timeout_s)
+        return response
+
+    def _bound_silence(self, seconds: float) -> None:
+        """Wait for the next bytes for so long at most, and never longer than usual."""
+        seconds = max(MIN_TIMEOUT_S, min(seconds, self._timeout_s))
+        self._connection.timeout = seconds
+        if self._connection.sock is not None:
+            self._connection.sock.settimeout(seconds)
 
     def _attempt(
         self, method: str, target: str, body: Optional[bytes], fields: Dict[str, str], stream: bool
     ) -> Any:
         """One question and its answer. Raises _Passing for what may be asked again."""
         import http.client
+        import socket
 
         if self._token_file:
             try:
@@ -13956,7 +13977,7 @@ class Remote:
                 self._connection.close()
                 # The other side may have closed a connection while it was idle. That
                 # proves nothing: ask again at once.
-                if not was_open:
+                if not was_open or isinstance(error, socket.timeout):
                     reason = getattr(error, "strerror", None) or str(error) or repr(error)
                     raise _Passing(f"{self._address.geturl()}: {reason}")
         if is_passing(answer.status):
@@ -14555,22 +14576,33 @@ def _cut_long_lines(lines: Sequence[bytes], longest: int) -> List[bytes]:
 #
 #     2026-11-27T21:50:46.123Z            ISO 8601
 #     2026-11-27 21:50:46,123 +0100       the same with a blank, a comma, an offset
+#     2026-11-27T21:50:46+01              an offset without minutes, if no blank is before
 #     Nov 27 21:50:46                     syslog (RFC 3164 §4.1.2)
 #     [Sun Dec 04 04:47:44.000001 2005]   Apache's error log
+#
+# Only behind a date with its weekday may there be a year: in `Nov 27 21:50:46 1234 bytes`
+# the number is none.
 _LINE_TIME = re.compile(
     rb"""
     [\[(<"]?
-    (   [0-9]{4}-[0-9]{2}-[0-9]{2} [T ] [0-9]{2}:[0-9]{2}:[0-9]{2}
-    |   (?: (?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) [ ] )?
+    (?P<when>
+        [0-9]{4}-[0-9]{2}-[0-9]{2} [T ] [0-9]{2}:[0-9]{2}:[0-9]{2}
+    |   (?P<weekday> (?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) [ ] )?
         (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [ ] [ 0-9][0-9]
         [ ] [0-9]{2}:[0-9]{2}:[0-9]{2}
     )
-    (?: [.,] ([0-9]+) )?
-    (?: [ ]? ( Z | [+-][0-9]{2}:?[0-9]{2} | (?<=[ ]) [0-9]{4} ) (?![0-9]) )?
+    (?: [.,] (?P<fraction>[0-9]+) )?
+    (?P<after>
+        [ ]? (?: Z | [+-][0-9]{2}:?[0-9]{2} ) (?!\w)
+    |   [+-][0-9]{2} (?![\w:])
+    |   (?(weekday) [ ] [0-9]{4} (?!\w) | (?!) )
+    )?
     (?![0-9])
     """,
     re.VERBOSE,
 )
+# Years to go back for a date without a year: from one 29th of February to another.
+LEAP_YEARS = 8
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 
@@ -14593,7 +14625,8 @@ def time_of_line(line: bytes, arrival_us: int) -> str:
 
 def _instant_of(match: Any, arrival_us: int) -> str:
     """What _LINE_TIME found, as a timestamp; "" if the calendar has no such time."""
-    when, fraction, after = match.groups()
+    when, after = match.group("when"), match.group("after")
+    fraction = match.group("fraction")
     second = _second_of(when, after, arrival_us // 86_400_000_000)
     if not second:
         return ""
@@ -14612,7 +14645,7 @@ def _second_of(when: bytes, after: Optional[bytes], arrival_day: int) -> str:
     `arrival_day` counts from 1970.
     """
     text = when.decode("ascii")
-    suffix = (after or b"").decode("ascii")
+    suffix = (after or b"").decode("ascii").strip()
     try:
         if not text[:4].isdigit():
             return _local_second(_year_found(text, suffix, arrival_day))
@@ -14628,7 +14661,7 @@ def _year_found(text: str, year: str, arrival_day: int) -> datetime.datetime:
     month, day, clock = text.split()[-3:]
     hour, minute, second = clock.split(":")
     arrival = datetime.datetime(1970, 1, 1) + datetime.timedelta(days=arrival_day)
-    candidates = [arrival.year + 1, arrival.year, arrival.year - 1]
+    candidates = list(range(arrival.year + 1, arrival.year - LEAP_YEARS - 1, -1))
     latest = arrival + datetime.timedelta(days=2)
     if year.isdigit():
         candidates = [int(year)]
@@ -14843,13 +14876,25 @@ def holds_place(file: Any, mark: Mark) -> bool:
     return len(last) == mark.last_size and zlib.crc32(last) == mark.last_crc
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for whoever is at its other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class LogBytes:
     """The bytes of one regular file; of gzip, the inflated ones. All raise OSError."""
 
     def __init__(self, path: str) -> None:
-        self._plain: Any = open(path, "rb", buffering=0)
+        import stat
+
+        # The name may be a pipe's by now: opening it must not wait for a writer.
+        self._plain: Any = open(path, "rb", buffering=0, opener=_open_at_once)
         self._file: Any = self._plain
-        self.inode = os.fstat(self._plain.fileno()).st_ino
+        status = os.fstat(self._plain.fileno())
+        self.inode = status.st_ino
+        if not stat.S_ISREG(status.st_mode):
+            self._plain.close()
+            raise OSError(errno.EINVAL, "is no regular file", path)
         self.is_gzip = self._plain.read(2) == GZIP_MAGIC
         if self.is_gzip:
             import gzip
@@ -14891,8 +14936,10 @@ def begin_alike(one: Any, other: Any) -> bool:
 
 
 # What rotation appends to a name, or puts before its extension: `.1`, `-20261127`,
-# `.2026-11-27_21-50`. A hyphen and few digits (`worker-2.log`) are another log.
-_ROTATION = r"(?:\.[0-9][0-9T_:.-]*|-[0-9]{6}[0-9T_:.-]*)"
+# `-2026-11-27`, `-11-27-2026`, `.2026-11-27_21-50`; an hour and a counter may follow. A
+# hyphen and few digits (`worker-2.log`) are another log.
+_DATE = "(?:[0-9]{6}|[0-9]{4}-[0-9]{2}|[0-9]{2}-[0-9]{2}-[0-9]{4})"
+_ROTATION = rf"(?:\.[0-9]|-{_DATE})[0-9T_:.-]*"
 _ROTATED_NAME = re.compile(rf"(.+?){_ROTATION}((?!\.gz)\.[A-Za-z]\w*)?(?:\.gz)?")
 
 
@@ -14981,6 +15028,12 @@ def open_entry(entry: _Entry) -> LogBytes:
     If its name is another file's by now, that is FileNotFoundError: the next listing
     has it under its new name.
     """
+    import stat
+
+    mode = entry.status.st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        # Opening a pipe would let its writer go on, and lose what it writes.
+        raise OSError(errno.EINVAL, "is no regular file", entry.path)
     opened = LogBytes(entry.path)
     if opened.inode != entry.status.st_ino:
         opened.close()
@@ -15652,11 +15705,24 @@ def why_no_text(data: bytes) -> str:
     >>> why_no_text(b"one\\ntwo\\n")
     ''
     """
-    if data.startswith(UTF16_BOMS):
+    if data.startswith(UTF16_BOMS) or _is_utf_16(data[:UTF16_BYTES]):
         return "is UTF-16, not UTF-8: convert it first, for example with iconv"
     if data.startswith(GZIP_MAGIC):
         return "is gzip: inflate it first, for example with zcat"
     return ""
+
+
+def _is_utf_16(head: bytes) -> bool:
+    r"""Whether text begins as ASCII does in UTF-16: every other byte is a NUL.
+
+    >>> _is_utf_16(b"d\0i\0s\0k\0"), _is_utf_16(b"\0\0\0\0one\n")
+    (True, False)
+    """
+    for first in (0, 1):
+        characters, nuls = head[first::2], head[1 - first :: 2]
+        if len(head) >= 4 and all(characters) and not any(nuls):
+            return True
+    return False
 
 
 # ---- F. Publish ----
@@ -15699,7 +15765,7 @@ def publish(settings: PublishSettings) -> int:
     place = report.load()
     failures: List[str] = []
     if settings.follow and _is_stream(names[0]):
-        source = _batches_of_pipe(names[0], settings)
+        source = _batches_of_pipe(names[0], settings, report)
     elif settings.follow or settings.state:
         source = _batches_of_log(names[0], settings, report, place, failures)
     else:
@@ -15806,24 +15872,29 @@ def _read_to_the_end(log: Log, failures: List[str]) -> Iterator[Batch]:
 
 def _batches_of_stream(name: str, settings: PublishSettings) -> Iterator[Batch]:
     """What comes out of a pipe or a terminal, to its end."""
+    with _open_stream(name) as file:
+        yield from _batches_of_open_stream(file, name, settings)
+
+
+def _batches_of_open_stream(file: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
+    """The same of an open stream. Raises UnreadableText."""
     lines = _line_settings(settings, is_stream=True)
     events = LineEvents(lines)
     longest = settings.limits.line_bytes
     if lines.ids == "given":
         longest = MAX_EVENT_BYTES
-    with _open_stream(name) as file:
-        rest = b""
-        while True:
-            data = file.read(settings.limits.read_bytes)
-            rest += data
-            pieces = cut_lines(rest, longest, final=not data)
-            if events.offset == 0 and pieces and why_no_text(rest):
-                raise UnreadableText(f"{name}: {why_no_text(rest)}")
-            if pieces:
-                yield events.of_pieces(pieces)
-                rest = rest[sum(map(len, pieces)) :]
-            if not data:
-                return
+    rest = b""
+    while True:
+        data = file.read(settings.limits.read_bytes)
+        rest += data
+        pieces = cut_lines(rest, longest, final=not data)
+        if events.offset == 0 and pieces and why_no_text(rest):
+            raise UnreadableText(f"{name}: {why_no_text(rest)}")
+        if pieces:
+            yield events.of_pieces(pieces)
+            rest = rest[sum(map(len, pieces)) :]
+        if not data:
+            return
 
 
 def _open_stream(name: str) -> Any:
@@ -15833,11 +15904,40 @@ def _open_stream(name: str) -> Any:
     return open(name, "rb", buffering=0)
 
 
-def _batches_of_pipe(name: str, settings: PublishSettings) -> Iterator[Batch]:
-    """What comes out of a named pipe, from one writer after the other."""
+def _batches_of_pipe(name: str, settings: PublishSettings, report: Report) -> Iterator[Batch]:
+    """What comes out of a named pipe, from one writer after the other, for ever."""
     while True:
-        yield from _batches_of_stream(name, settings)
+        try:
+            _check_pipe(name)
+            # To open it may take until there is a writer. That is no trouble.
+            report.waits("", "read")
+            yield from _batches_of_writer(name, settings)
+        except OSError as error:
+            report.waits(_reason(error), "read")
         time.sleep(settings.limits.poll_s)
+
+
+def _check_pipe(name: str) -> None:
+    """Raises OSError if a name is not that of a pipe that may be read."""
+    os.stat(name)
+    if not _is_stream(name):
+        raise OSError(errno.ESPIPE, "is no pipe any more", name)
+    if not os.access(name, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+
+def _batches_of_writer(name: str, settings: PublishSettings) -> Iterator[Batch]:
+    """What one writer puts into a named pipe. Raises OSError.
+
+    If it is no text, all of it is left out. So the next writer does not follow on it.
+    """
+    with _open_stream(name) as file:
+        try:
+            yield from _batches_of_open_stream(file, name, settings)
+        except UnreadableText as error:
+            _tell(f"{error}; it is left out")
+            while file.read(settings.limits.read_bytes):
+                pass
 
 
 def _batches_of_log(
@@ -16110,7 +16210,10 @@ class _RelayReader:
         if answer.status != 410 or not isinstance(oldest, int) or oldest <= seq + 1:
             return False
         count = oldest - 1 - seq
-        _tell(f"GONE: {count:,} seqs, {seq + 1} to {oldest - 1}, removed before they were relayed")
+        text = f"GONE: {count:,} seqs, {seq + 1} to {oldest - 1}, removed before they were relayed"
+        if self._topic:
+            text += "; how many of them were of the topic is not known"
+        _tell(text)
         self.place = RelayPlace(oldest - 1)
         return True
 
@@ -16566,13 +16669,13 @@ def health_of_service(address: Any, timeout_s: float = HEALTH_TIMEOUT_S) -> Heal
 def health_of_shipper(path: str, now_us: int) -> Health:
     """Look at the place that `publish` or `relay` keeps: is it fresh, and no trouble?
 
-    A shipper has no port to ask. But it writes its place to a file every 10 s while it
+    A shipper has no port to ask. But it writes its place to a file every 20 s while it
     follows something, with its lag and its last error. An old place means that it does
     not run, or hangs.
 
     Raises OSError if there is no such file.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read()
     try:
         place = json.loads(text)

@@ -14619,6 +14619,24 @@ def test_a_run_gives_up_after_its_timeout(tmp_path):
     assert len(fake.asked) > 1
 
 
+def test_a_timeout_bounds_also_what_the_service_asks_to_wait(tmp_path):
+    (tmp_path / "log").write_text("one\n")
+    with Fake(lambda events: (503, {}, {"Retry-After": "600"})) as fake:
+        began_s = time.monotonic()
+        with pytest.raises(aggregator.ClientError, match="503"):
+            ship(fake.url, tmp_path / "log", topic="t", timeout_us=60_000_000)
+    assert time.monotonic() - began_s < 30
+
+
+def test_a_timeout_bounds_the_silence_of_a_service(tmp_path):
+    (tmp_path / "log").write_text("one\n")
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        began_s = time.monotonic()
+        with pytest.raises(aggregator.ClientError, match="timed out"):
+            ship(local(silent.getsockname()[1]), tmp_path / "log", topic="t", timeout_us=100_000)
+    assert time.monotonic() - began_s < aggregator.ANSWER_TIMEOUT_S / 2
+
+
 ODD_ANSWERS = {
     "another's detail": {"detail": [{"loc": ["body"]}]},
     "errors an object": {"errors": {"a": 1}},
@@ -15041,9 +15059,10 @@ def test_events_as_json_may_begin_with_a_byte_order_mark(site, tmp_path):
     assert len(stored(site.port)) == 1
 
 
-@pytest.mark.parametrize("name", ["utf-16", "utf-16-be"])
-def test_utf_16_is_refused_in_a_sentence(tmp_path, capsys, name):
-    (tmp_path / "log").write_bytes("\ufeffone\n".encode(name))
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+@pytest.mark.parametrize("name", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_in_a_sentence(tmp_path, capsys, name, mark):
+    (tmp_path / "log").write_bytes((mark + "one\n").encode(name))
     assert ship("127.0.0.1:1", tmp_path / "log", topic="t") == 1
     assert "log: is UTF-16, not UTF-8" in capsys.readouterr().err
 
@@ -15163,6 +15182,38 @@ def test_a_named_pipe_is_followed_from_writer_to_writer(site, pipe, tmp_path):
         wait_until(lambda: messages(site.port) == ["one", "two"])
 
 
+def test_nothing_that_passes_ends_who_follows_a_named_pipe(site, pipe, tmp_path):
+    path = pipe("one\n")
+    arguments = ("--url", local(site.port), "--topic", "t", "--follow", path)
+    with Child(tmp_path, "publish", *arguments) as child:
+        wait_until(lambda: messages(site.port) == ["one"])
+        os.remove(path)
+        wait_until(lambda: os.strerror(errno.ENOENT) in child.said())
+        append(path, "a regular file\n")
+        wait_until(lambda: "is no pipe any more" in child.said())
+        os.remove(path)
+        os.mkfifo(path)
+        with open(path, "wb") as file:
+            file.write(gzip.compress(os.urandom(100_000)))
+        wait_until(lambda: "is gzip" in child.said())
+        pipe("two\n")
+        wait_until(lambda: messages(site.port) == ["one", "two"])
+        wait_until(lambda: "waiting" not in child.last_line())
+        assert child.process.poll() is None
+
+
+def test_a_pipe_under_the_name_of_a_followed_file_is_said_and_not_opened(tmp_path):
+    log = tmp_path / "log"
+    os.mkfifo(str(log))
+    reading = LogReading(log).look()
+    assert reading.log.trouble() == f"{log}: is no regular file"
+    with pytest.raises(OSError, match="is no regular file"):
+        aggregator.LogBytes(str(log))
+    os.remove(str(log))
+    log.write_text("one\n")
+    assert reading.look().read() == ["one"]
+
+
 def test_a_place_in_a_named_pipe_is_refused_in_a_sentence(pipe, tmp_path):
     os_path = pipe("")
     with pytest.raises(aggregator.ClientError, match="is no regular file"):
@@ -15209,6 +15260,11 @@ LINE_TIMES = text_table("""
     syslog by another clock | Nov 28 02:10:00 host                | 2026-11-28T01:10:00.000000Z
     Apache                  | [Sun Dec 04 04:47:44 2005] [notice] | 2005-12-04T03:47:44.000000Z
     Apache 2.4              | [Sun Dec 04 04:47:44.25 2005] a     | 2005-12-04T03:47:44.250000Z
+    offset of hours         | 2026-11-27T21:50:46+01 a            | 2026-11-27T20:50:46.000000Z
+    a number is no offset   | 2026-11-27 21:50:46 -10 degrees     | 2026-11-27T20:50:46.000000Z
+    a word is no zone       | 2026-11-27 21:50:46 Zones           | 2026-11-27T20:50:46.000000Z
+    a number is no year     | Nov 27 21:50:46 1234 bytes          | 2026-11-27T20:50:46.000000Z
+    29th of February        | Feb 29 10:00:00 host                | 2024-02-29T09:00:00.000000Z
 """)
 NO_LINE_TIMES = text_table("""
     none                             | started
@@ -15220,7 +15276,7 @@ NO_LINE_TIMES = text_table("""
     more digits                      | 2026-11-27 21:50:461
     numbers                          | 081109 203615 148 INFO
     before the calendar              | 0001-01-01T00:00:00+05:00 a
-    29th of February in no such year | Feb 29 10:00:00 host
+    no 30th of February              | Feb 30 10:00:00 host
 """)
 
 
@@ -15368,6 +15424,12 @@ ROTATED_NAMES = text_table("""
     date and time               | app.log.2026-11-27_21-50 | app.log
     date before the extension   | app-20261127.log.gz      | app.log
     number before the extension | app.3.log                | app.log
+    date with hyphens           | app.log-2026-11-27       | app.log
+    the same and compressed     | app.log-2026-11-27.gz    | app.log
+    date with hyphens and hour  | app.log-2026-11-27-21    | app.log
+    the same before extension   | app-2026-11-27.log       | app.log
+    date and counter            | app-2026-11-27.0.log.gz  | app.log
+    month, day and year         | app-11-27-2026-1.log.gz  | app.log
     present                     | app.log                  | app.log
     another instance            | worker-2.log             | worker-2.log
     backup                      | app.log.bak              | app.log.bak
@@ -16144,6 +16206,16 @@ def test_a_relay_says_what_is_gone_sets_aside_what_is_refused_and_goes_on(tmp_pa
     assert json.loads(place.read_text())["place"]["seq"] == 19
     expected = [str(seq) for seq in range(10, 20) if seq != 13]
     assert passed_by(central, refuse_thirteen) == expected
+
+
+def test_a_relay_of_a_topic_does_not_call_the_events_of_others_gone(capsys):
+    def behave(target):
+        return edge_with(10, 19)(target.replace("&topic=t", ""))
+
+    with Fake(behave) as edge, Fake(taken) as central:
+        assert pass_on(edge, central, topic="t") == 0
+    told = capsys.readouterr().err
+    assert "before they were relayed; how many of them were of the topic is not known" in told
 
 
 def test_a_relay_goes_on_behind_its_place_if_the_log_holds_it(tmp_path, capsys):
@@ -18365,13 +18437,14 @@ def test_health_of_a_shipper_is_read_from_its_place(tmp_path, changes, age_s, ex
     {
         "no JSON": "{",
         "an array": "[]",
+        "no UTF-8": b"\xff",
         "an older version": '{"of": "x", "place": [1]}',
         "a time in words": '{"of":"x","at":"noon","follows":true,"lag":0,"unit":"s","error":""}',
     },
 )
 def test_a_file_that_is_no_place_is_said_to_be_none(tmp_path, text, capsys):
     path = tmp_path / "place"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert client("health", "--state", path) == 1
     assert capsys.readouterr().out == f"{path}: holds no place of this version yet\n"
 
