@@ -53,6 +53,7 @@ from typing import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Deque,
     Dict,
     FrozenSet,
@@ -13722,16 +13723,27 @@ FILE_POLL_S = 0.2
 ROTATED_QUIET_S = 1.0
 # Seconds that a rotated file which was read to its end is kept open for late lines.
 ROTATED_KEPT_S = 60.0
-# Files of one log that are open at a time. Those beyond are found again by their
-# content.
+# Seconds for which a rotated file that is still written to may hold up the next one. Then
+# both are read.
+ROTATED_HELD_S = 60.0
+# Files of one log that are open at a time. Those beyond are opened when it is their turn.
 OPEN_FILES = 64
 # How often a folder is looked at in a row, until nothing was renamed meanwhile.
 LOOKS_MAX = 10
 # Seconds since its last change in which gzip may still be at work on a file. When it is
 # done it gives the .gz the time of the original.
 GZIP_FRESH_S = 60.0
-# Files whose marks are kept although they are gone: a copy of one may still turn up.
-GONE_FILES_KEPT = 16
+# Seconds since its last change in which a file may be a copy whose original is about to
+# be truncated, or a .gz whose original is about to be removed.
+COPY_FRESH_S = 1.0
+# Seconds to wait before a file whose time changed, but not its size, is called another
+# one: a write sets the time first.
+REWRITTEN_S = 0.5
+# Files whose marks are kept although they are gone: a later one may begin with the same
+# line, and its ids must be others.
+GONE_FILES_KEPT = 64
+# Digits of a fraction that tell microseconds.
+MICROSECOND_DIGITS = 6
 # Bytes at the start of a file, and before the place, by which a copy is recognised.
 HEAD_BYTES = 256
 LAST_BYTES = 1024
@@ -13763,6 +13775,9 @@ class ClientLimits(NamedTuple):
     poll_s: float = FILE_POLL_S
     quiet_s: float = ROTATED_QUIET_S
     kept_s: float = ROTATED_KEPT_S
+    held_s: float = ROTATED_HELD_S
+    copy_s: float = COPY_FRESH_S
+    rewritten_s: float = REWRITTEN_S
     hole_s: float = HOLE_WAIT_S
     open_files: int = OPEN_FILES
 
@@ -14525,14 +14540,16 @@ def _carry_batch(batch: Batch, remote: Remote, report: Report, follows: bool) ->
 #      its lines look like those stored already, and are dropped.
 #   3. The inode and the offset. A copy and a .gz have other inodes: their lines are
 #      stored twice. And an inode is used again: the lines of the new file are dropped.
-#   4. The name of the log, the offset and the line itself, if the line begins with a
-#      time. A time is written once; so the same bytes at the same offset are the same
-#      line, whatever the file is called by now. A line without a time takes the id of
-#      the last line before it that has one as its anchor. Only the lines before any
-#      time lean on the inode and on the first line of their file.
+#   4. The name of the log, the offset and the line itself. Two files of a log may have
+#      the same line at the same offset, also if it begins with a time: a program that
+#      repeats itself writes it twice in a second, and the second file loses it.
+#   5. The same, and what the line leans on. A line with a time leans on the first line
+#      with a time in its file; whatever the file is called by now, that one stays. A
+#      line without a time leans on the last line before it that has one. Only the lines
+#      before any time lean on the inode and on the first line of their file.
 #
-# The fourth is used here. Where even it could confuse two files (they begin with the
-# same line), a nonce tells them apart. For a repeat costs a row, a confusion a line.
+# The fifth is used here. Where even it could confuse two files (what they lean on is the
+# same), a nonce tells them apart. For a repeat costs a row, a confusion a line.
 
 
 def cut_lines(data: bytes, longest: int, final: bool) -> List[bytes]:
@@ -14699,10 +14716,10 @@ def hash_of_log(log: str) -> Any:
 def line_id(log: Any, anchor: str, offset: int, line: bytes) -> str:
     """The id of a line: where it stands and what it says, and nothing about the past.
 
-    `log` is of `hash_of_log`. `anchor` is "" for a line that begins with a time: such a
-    line is hardly ever written twice at the same offset of two files, so it keeps its
-    id in a copy, a renamed or an inflated file. A line without a time leans on the last
-    line before it that has one: that one's id is its anchor.
+    `log` is of `hash_of_log`. `anchor` is what the line leans on: the first line with a
+    time in its file; for a line without a time, the last line before it that has one.
+    So a line keeps its id in a copy, a renamed or an inflated file, and has another one
+    in a file that begins otherwise.
 
     >>> log = hash_of_log("nas /var/log/app.log")
     >>> line_id(log, "", 0, b"2026-11-27 21:50:46 started")
@@ -14714,6 +14731,41 @@ def line_id(log: Any, anchor: str, offset: int, line: bytes) -> str:
     digest.update(f"{anchor} {offset} ".encode("ascii") + line)
     text: str = digest.hexdigest()
     return text
+
+
+class Roots(NamedTuple):
+    """What the lines of a file lean on."""
+
+    # Made of the first line of the file and of its inode.
+    first: str = ""
+    # Made of the first line with a time; "" until it has come.
+    start: str = ""
+    # The id of the last line with a time; before any, the same as `first`.
+    anchor: str = ""
+
+
+def tell_apart(root: str, used: Iterable[str], salt: str) -> str:
+    """A root that no other file has: the same or, if it is used, one with a nonce.
+
+    The nonce is made of a count, and of a salt that differs wherever the count may
+    begin anew: after the place was lost, and from file to file.
+
+    >>> tell_apart("ab", ["cd"], "salt"), tell_apart("ab", ["ab", "ab~1~salt"], "salt")
+    ('ab', 'ab~2~salt')
+    """
+    counts: List[int] = []
+    for other in used:
+        name, _, nonce = other.partition("~")
+        if name == root:
+            counts.append(int(nonce.partition("~")[0] or "0"))
+    if not counts:
+        return root
+    return f"{root}~{max(counts) + 1}~{salt}"
+
+
+def _take_as_it_is(root: str) -> str:
+    """The default of `tell_apart` where no other file is known."""
+    return root
 
 
 class LineSettings(NamedTuple):
@@ -14734,8 +14786,8 @@ def _as_message(line: bytes) -> bytes:
 class LineEvents:
     """Makes events of the pieces of one file or stream, in their order.
 
-    `offset` and `line` are those of the next piece. `anchor` is the id that the next
-    line without a time leans on.
+    `offset` and `line` are those of the next piece, `roots` what its line leans on.
+    `apart` is given the start of a file when it is known, and tells it from others.
     """
 
     def __init__(
@@ -14744,16 +14796,20 @@ class LineEvents:
         log: str = "",
         offset: int = 0,
         line: int = 1,
-        anchor: str = "",
+        roots: Roots = Roots(),
+        apart: Callable[[str], str] = _take_as_it_is,
     ) -> None:
         self.offset = offset
         self.line = line
-        self.anchor = anchor
+        self.roots = roots
+        self._apart = apart
         self._settings = settings
         self._log = hash_of_log(log)
         self._run = os.urandom(10).hex()
         self._arrival_us = 0
         self._arrival = b""
+        # Changes with the lines; the record would be made anew for each.
+        self._anchor = roots.anchor
         names = json.dumps({"topic": settings.topic, "source": settings.source})
         self._head = names[:-1].encode("ascii")
 
@@ -14778,6 +14834,7 @@ class LineEvents:
             self.offset += len(piece)
             if piece.endswith(b"\n"):
                 self.line += 1
+        self.roots = self.roots._replace(anchor=self._anchor)
         return Batch(events, numbers)
 
     def _event(self, text: bytes) -> bytes:
@@ -14789,16 +14846,23 @@ class LineEvents:
         if self._settings.ids == "random":
             event_id = f"{self._run}-{self.offset:x}"
         elif match is not None:
-            event_id = line_id(self._log, "", self.offset, text)
-            self.anchor = event_id
+            if not self.roots.start:
+                self._begin_with(text)
+            event_id = line_id(self._log, self.roots.start, self.offset, text)
+            self._anchor = event_id
         else:
-            event_id = line_id(self._log, self.anchor, self.offset, text)
+            event_id = line_id(self._log, self._anchor, self.offset, text)
         return b'%b,"timestamp":"%b","event_id":"%b","payload":{"message":%b}}' % (
             self._head,
             timestamp or self._arrival,
             event_id.encode("ascii"),
             _as_message(text),
         )
+
+    def _begin_with(self, text: bytes) -> None:
+        """Of the first line with a time: all others in this file lean on it."""
+        start = self._apart(line_id(self._log, "", self.offset, text))
+        self.roots = self.roots._replace(start=start)
 
 
 # ---- E. A log: one name, many files ----
@@ -14810,16 +14874,25 @@ class LineEvents:
 #     compressing   app.log: B                    app.log.1.gz: A, in a new inode
 #
 # So a name says nothing, and an inode not enough. A file is known by its content: its
-# first bytes, and the last line before the place. With each look at the folder, every
-# file of the log is explained in one of four ways:
+# first bytes, the last line before the place, and a checksum of all between. With each
+# look at the folder, every file of the log is explained in one of five ways:
 #
 #   * we hold it open, or its inode and its content are those of a mark: it is known;
 #   * its content is that of a mark whose file is gone: it is read on from there;
 #   * its content is that of a file that we have: it is a copy, and left alone;
+#   * it may be a copy that is being made: it is looked at again;
 #   * else it is new, and will be read from its start.
 #
-# A copy that is made before a truncation is looked at only after the truncation: until
-# then the original is read. Files that could not be told apart are taken for new ones.
+# When does equal content make a copy? A program that repeats itself fills several files
+# with the same bytes within a second. To call one of them a copy would lose its lines. So
+# content is proof only if it can have been written just once: if its lines have two
+# different times, or one that tells microseconds. For a file begins after the one before
+# has ended. Without that proof a file is a copy only if its original
+#
+#   * was truncated: that is how copying rotates; or
+#   * is gone, and the copy is compressed: that is how compressing rotates.
+#
+# All others are read as new files, and that is said.
 
 
 class Mark(NamedTuple):
@@ -14827,23 +14900,34 @@ class Mark(NamedTuple):
 
     # Counts the files of the log, from 1.
     number: int
+    # 0: the file is gone. The mark is kept for its roots.
     inode: int = 0
     # Bytes that are read, of gzip inflated ones, and the line ends among them.
     offset: int = 0
     line: int = 0
-    # Size and CRC-32 of the first bytes, and of the last ones before the offset.
+    # Size and CRC-32 of the first bytes, of the last ones before the offset, and of all
+    # before it; the last is None where it is not known.
     head_size: int = 0
     head_crc: int = 0
     last_size: int = 0
     last_crc: int = 0
-    # Made of the first line. The nonce is part of every id in a file whose identity
-    # another file had before.
-    identity: str = ""
-    nonce: str = ""
-    # The id that the next line without a time leans on.
+    crc: Optional[int] = None
+    # When the file was changed last, if the offset was its size then; else 0. Of a .gz
+    # when it was read.
+    mtime_ns: int = 0
+    # What its lines lean on: see `Roots`.
+    first: str = ""
+    start: str = ""
     anchor: str = ""
+    is_gzip: bool = False
+    # It had the name of the log, and has it no more.
+    is_rotated: bool = False
     # Never to be read again: a .gz that was read, or no text, or older than the log.
     done: bool = False
+
+    def roots(self) -> Roots:
+        """What the next line leans on."""
+        return Roots(self.first, self.start, self.anchor)
 
 
 def has_head(file: Any, mark: Mark) -> bool:
@@ -14857,9 +14941,8 @@ def has_head(file: Any, mark: Mark) -> bool:
 def holds_place(file: Any, mark: Mark) -> bool:
     """Whether a file has, up to the place in `mark`, what was read there.
 
-    By its content: what the first bytes and the last line before the place were. So it
-    is known again when it was renamed, copied or compressed; and a file that was
-    truncated, or took over an inode, is not mistaken for what it was.
+    By its content: what the first bytes and the last line before the place were. So a
+    file that was truncated, or took over an inode, is not mistaken for what it was.
 
     >>> class Copy:
     ...     def at(self, offset, count):
@@ -14874,6 +14957,74 @@ def holds_place(file: Any, mark: Mark) -> bool:
         return False
     last = file.at(mark.offset - mark.last_size, mark.last_size)
     return len(last) == mark.last_size and zlib.crc32(last) == mark.last_crc
+
+
+def holds_all(file: Any, mark: Mark) -> bool:
+    """Whether a file begins with all that was read of the one of `mark`."""
+    if mark.head_size == 0 or not holds_place(file, mark):
+        return False
+    if mark.crc is None:
+        return True
+    offset = crc = 0
+    while offset < mark.offset:
+        data = file.at(offset, min(FILE_READ_BYTES, mark.offset - offset))
+        if not data:
+            return False
+        crc = zlib.crc32(data, crc)
+        offset += len(data)
+    return crc == mark.crc
+
+
+def begins_with(file: Any, other: Any) -> bool:
+    """Whether a file begins with all that another one has; an empty one does not count."""
+    offset = 0
+    while True:
+        data = other.at(offset, FILE_READ_BYTES)
+        if not data:
+            return offset > 0
+        if file.at(offset, len(data)) != data:
+            return False
+        offset += len(data)
+
+
+def is_dated(file: Any, size: int) -> bool:
+    """Whether the first bytes of a file can have been written only once.
+
+    So it is if their lines have two different times, or one with microseconds: what
+    another file begins with was written after all that this one has.
+    """
+    times: Set[Tuple[bytes, bytes]] = set()
+    whole, _, _ = file.at(0, min(size, FILE_READ_BYTES)).rpartition(b"\n")
+    for line in whole.splitlines():
+        match = _LINE_TIME.match(line.strip(b"\0"))
+        if match is None:
+            continue
+        fraction = match.group("fraction") or b""
+        if len(fraction) >= MICROSECOND_DIGITS:
+            return True
+        times.add((match.group("when"), fraction))
+        if len(times) > 1:
+            return True
+    return False
+
+
+def is_rewritten(file: "LogBytes", mark: Mark, wait_s: float) -> bool:
+    """Whether a file that holds the place was written anew with the same bytes.
+
+    It shows in a time that changed, although the file ends where we stand. But a write
+    sets the time before the size: for `wait_s` seconds one may still be under way. Bytes
+    that can have been written only once were touched, not written.
+    """
+    end_s = time.monotonic() + wait_s
+    while True:
+        status = file.status()
+        if mark.mtime_ns in (0, status.st_mtime_ns) or status.st_size != mark.offset:
+            return False
+        if is_dated(file, mark.offset):
+            return False
+        if time.monotonic() >= end_s:
+            return True
+        time.sleep(wait_s / 10)
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -14925,14 +15076,6 @@ class LogBytes:
         """Give the descriptor back."""
         self._file.close()
         self._plain.close()
-
-
-def begin_alike(one: Any, other: Any) -> bool:
-    """Whether two files are the same in their first 64 KB, as far as both go."""
-    first = one.at(0, FILE_READ_BYTES)
-    second = other.at(0, FILE_READ_BYTES)
-    size = min(len(first), len(second))
-    return size > 0 and bool(first[:size] == second[:size])
 
 
 # What rotation appends to a name, or puts before its extension: `.1`, `-20261127`,
@@ -14988,8 +15131,10 @@ class _Entry(NamedTuple):
         return self.status.st_mtime_ns, count, self.path
 
 
-def list_log(path: str) -> List[_Entry]:
+def list_log(path: str, inodes: Container[int] = ()) -> List[_Entry]:
     """The files of a log, the oldest first and the present one last. Raises OSError.
+
+    Those with one of `inodes` are files of the log whatever they are called by now.
 
     Whoever renames at the same time may hide a file from one listing: its new name was
     asked for too early, and its old one too late.
@@ -15000,7 +15145,9 @@ def list_log(path: str) -> List[_Entry]:
     folder_name, name = os.path.split(os.path.realpath(path))
     with os.scandir(folder_name) as folder:
         for entry in folder:
-            if entry.name == name or rotated_from(entry.name) != name:
+            if entry.name == name:
+                continue
+            if rotated_from(entry.name) != name and entry.inode() not in inodes:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
@@ -15041,6 +15188,17 @@ def open_entry(entry: _Entry) -> LogBytes:
     return opened
 
 
+class _Stock(NamedTuple):
+    """What a look found."""
+
+    entries: List[_Entry]
+    inodes: Set[int]
+    # Whether nothing was renamed while they were listed.
+    is_settled: bool
+    # The numbers of the files of ours that are among them; a look adds to it.
+    claimed: Set[int]
+
+
 class LogFile:
     """One file of a log, and how far it is read.
 
@@ -15053,12 +15211,14 @@ class LogFile:
         self.path = path
         self.bytes: Optional[LogBytes] = None
         self.is_waiting = False
-        self.is_rotated = True
+        # It was truncated or written anew: its inode is another file by now.
+        self.is_lost = False
         self.is_overwritten = False
         self.seen_size = 0
-        # When something new was read last, and when the hole at the place was seen
-        # first.
+        # When something new was read last, when the file was found under a rotated
+        # name, and when the hole at the place was seen first.
         self.read_s = time.monotonic()
+        self.rotated_s = time.monotonic()
         self.hole_s: Optional[float] = None
 
     def open(self, opened: LogBytes, path: str) -> None:
@@ -15067,9 +15227,10 @@ class LogFile:
         self.bytes = opened
         self.path = path
         self.is_waiting = False
+        self.is_lost = False
         self.is_overwritten = False
         self.seen_size = opened.status().st_size
-        self.mark = self.mark._replace(inode=opened.inode)
+        self.mark = self.mark._replace(inode=opened.inode, is_gzip=opened.is_gzip)
         self._learn_head(opened)
 
     def close(self) -> None:
@@ -15077,6 +15238,12 @@ class LogFile:
         if self.bytes is not None:
             self.bytes.close()
             self.bytes = None
+
+    def set_rotated(self, is_rotated: bool) -> None:
+        """Note whether the file has the name of the log no more."""
+        if is_rotated != self.mark.is_rotated:
+            self.mark = self.mark._replace(is_rotated=is_rotated)
+            self.rotated_s = time.monotonic()
 
     def is_open_as(self, status: os.stat_result) -> bool:
         """Whether this is the file that we hold open."""
@@ -15093,22 +15260,46 @@ class LogFile:
             head = opened.at(0, HEAD_BYTES).partition(b"\0")[0]
             self.mark = self.mark._replace(head_size=len(head), head_crc=zlib.crc32(head))
 
-    def is_torn(self) -> bool:
+    def is_torn(self, wait_s: float) -> bool:
         """Whether the open file was truncated since this was asked last.
 
-        It shows in the size, in other first bytes, or in another last line before the
-        place.
+        It shows in the size, in other first bytes, in another last line before the
+        place, or in the time: see `is_rewritten`.
         """
         if self.bytes is None or self.bytes.is_gzip:
             return False
         size = self.bytes.status().st_size
         if size < self.seen_size or self.is_overwritten:
             return True
-        if not holds_place(self.bytes, self.mark):
+        if not holds_place(self.bytes, self.mark) or is_rewritten(self.bytes, self.mark, wait_s):
+            self.is_overwritten = True
             return True
         self.seen_size = size
         self._learn_head(self.bytes)
+        self.note_time()
         return False
+
+    def note_time(self) -> None:
+        """Remember the time of an open file that ends where we stand."""
+        assert self.bytes is not None
+        status = self.bytes.status()
+        mtime_ns = 0
+        if self.bytes.is_gzip or status.st_size == self.mark.offset:
+            mtime_ns = status.st_mtime_ns
+        if mtime_ns != self.mark.mtime_ns:
+            self.mark = self.mark._replace(mtime_ns=mtime_ns)
+
+    def leave_unread(self) -> None:
+        """The file is older than the log is followed. A copy of it is, too."""
+        assert self.bytes is not None
+        if not self.bytes.is_gzip:
+            size = self.bytes.status().st_size
+            last = self.bytes.at(max(0, size - LAST_BYTES), LAST_BYTES)
+            self.mark = self.mark._replace(
+                offset=size, last_size=len(last), last_crc=zlib.crc32(last), crc=None
+            )
+        self.mark = self.mark._replace(done=True)
+        self.close()
 
     def idle_s(self) -> float:
         """Seconds since something was written, by the clock of the file or by ours."""
@@ -15144,7 +15335,8 @@ class Log:
     `marks` say how far the files are read already. With `reads_older` those that no
     mark tells of are read as well; without, only what came after the newest that one
     tells of, or after the present file. With `keeps_place` an unfinished line at the
-    end is left for the next run. A log that `is_alone` is its present file only.
+    end is left for the next run. A log that `is_alone` is its present file only. `salt`
+    is that of the place, or "" for one of its own.
     """
 
     def __init__(
@@ -15157,6 +15349,7 @@ class Log:
         reads_older: bool = False,
         keeps_place: bool = False,
         is_alone: bool = False,
+        salt: str = "",
     ) -> None:
         import threading
 
@@ -15170,6 +15363,7 @@ class Log:
         self._reads_older = reads_older
         self._keeps_place = keeps_place
         self._is_alone = is_alone
+        self._salt = salt or os.urandom(4).hex()
         self._lock = threading.RLock()
         self._marks = marks
         # In order of age.
@@ -15178,13 +15372,19 @@ class Log:
         self._is_starting = True
         # Whether nothing was renamed during the last look.
         self._is_settled = False
+        # Whether a file was renamed between its listing and its opening.
+        self._renamed = False
+        # Whether the place must be saved although nothing was read.
+        self._has_new_place = False
         self._place_mark: Optional[Mark] = None
         if marks:
             self._place_mark = marks[-1]
-        # Files that were truncated, and what is to be said of them.
-        self._missing: List[Tuple[LogFile, str]] = []
         # Files that were found and could not be opened: why, by path.
         self._unopened: Dict[str, str] = {}
+        # Files that may be copies that are being made: the next look decides.
+        self._undecided: Set[str] = set()
+        # Files that may be copies and are read as new ones: their sizes, by path.
+        self._doubtful: Dict[str, int] = {}
 
     # -- finding the files --
 
@@ -15200,29 +15400,41 @@ class Log:
             for _ in range(LOOKS_MAX):
                 if self._is_starting:
                     self._begin_with_marks()
-                entries = self._entries()
-                claimed = self._take_stock(entries)
-                try:
-                    self._is_settled = is_same_listing(entries, self._entries())
-                except OSError:
-                    # What was found is kept, and the next look tries again.
-                    self._is_settled = False
-                    break
+                stock = self._list()
+                self._take_stock(stock)
+                self._is_settled = stock.is_settled and not self._renamed
                 if self._is_settled:
-                    self._forget_gone(entries)
                     break
             if self._is_starting:
-                self._tell_the_start(entries, claimed)
+                self._tell_the_start(stock)
             self._is_starting = False
-            if self._is_settled:
-                self._tell_what_is_missing()
+            if self._is_settled and not self._unopened and not self._undecided:
+                self._forget_gone(stock)
+            self._tell_the_doubtful()
 
-    def _tell_what_is_missing(self) -> None:
-        """Say what was truncated unread, unless its copy was found after all."""
-        for file, text in self._missing:
-            if file.bytes is None:
-                _tell(text)
-        self._missing = []
+    def _list(self) -> _Stock:
+        """The files of the log, or its present one alone. Raises OSError.
+
+        They are listed twice. If that fails the second time, what was found counts, and
+        the next look tries again.
+        """
+        entries = self._entries()
+        is_settled = False
+        with contextlib.suppress(OSError):
+            is_settled = is_same_listing(entries, self._entries())
+        inodes = {entry.status.st_ino for entry in entries}
+        return _Stock(entries, inodes, is_settled, set())
+
+    def _tell_the_doubtful(self) -> None:
+        """Say which files are read although they may be copies."""
+        if self._doubtful:
+            names = ", ".join(sorted(self._doubtful))
+            size = sum(self._doubtful.values())
+            _tell(
+                f"{names}: {size:,} bytes are read as new lines, although they may be a copy"
+                " of what was read"
+            )
+        self._doubtful = {}
 
     def _begin_with_marks(self) -> None:
         """At first there are the files of the marks, all closed."""
@@ -15246,49 +15458,52 @@ class Log:
         our business.
         """
         current = self._current
-        if not self._is_settled or self._unopened:
+        if not self._is_settled or self._unopened or self._undecided:
             return False
-        if current is None or current.bytes is None or current.is_torn():
+        if current is None or current.bytes is None:
+            return False
+        if current.is_torn(self._limits.rewritten_s):
             return False
         try:
             return os.path.samestat(os.stat(self.path), current.bytes.status())
         except FileNotFoundError:
             return False
 
-    def _take_stock(self, entries: Sequence[_Entry]) -> Set[int]:
+    def _take_stock(self, stock: _Stock) -> None:
         """Explain each file of the log: known, a copy of a known one, or new.
 
-        First those whose inode tells, so that a copy cannot pass for its original.
-        Returns the numbers of the files that were found.
+        First those whose inode tells, so that a copy cannot pass for its original. Then
+        the present one, as the others may be copies of it.
         """
         self._unopened = {}
+        self._undecided = set()
+        self._renamed = False
         current, self._current = self._current, None
-        if current is not None and current.is_torn():
-            self._leave_torn(current, entries)
-        claimed: Set[int] = set()
+        if current is not None and current.is_torn(self._limits.rewritten_s):
+            self._leave_torn(current)
         unknown: List[_Entry] = []
-        for entry in entries:
+        for entry in stock.entries:
             file = self._claim(entry)
             if file is None:
                 unknown.append(entry)
             else:
-                claimed.add(file.mark.number)
-        older = self._older_entries(entries, claimed)
+                stock.claimed.add(file.mark.number)
+        older = self._older_entries(stock)
+        unknown.sort(key=lambda entry: entry.path != self.path)
         for entry in unknown:
             try:
-                self._explain(entry, claimed, entry.path in older)
+                self._explain(entry, stock, entry.path in older)
             except OSError as error:
                 self._note_unopened(entry, error)
         for file in self._files:
-            file.is_rotated = file is not self._current
+            file.set_rotated(file is not self._current)
         self._bound_open_files()
-        return claimed
 
     def _entries(self) -> List[_Entry]:
         """The files of the log, or its present one alone. Raises OSError."""
         entries: List[_Entry] = []
         if not self._is_alone:
-            entries = list_log(self.path)
+            entries = list_log(self.path, {file.mark.inode for file in self._files})
         elif os.path.exists(self.path):
             entries.append(_Entry(self.path, os.stat(self.path)))
         return entries
@@ -15296,6 +15511,7 @@ class Log:
     def _note_unopened(self, entry: _Entry, error: OSError) -> None:
         """A follower tries again with the next look. What was renamed is looked for."""
         if isinstance(error, FileNotFoundError):
+            self._renamed = True
             return
         if self._follows:
             self._unopened[entry.path] = _reason(error)
@@ -15312,22 +15528,20 @@ class Log:
                 self._place_file(file, entry)
                 return file
         for file in reversed(self._files):
-            if file.bytes is None and file.mark.inode == entry.status.st_ino:
-                with contextlib.suppress(OSError):
-                    if self._reopen_as(file, entry):
-                        return file
+            if file.mark.inode != entry.status.st_ino or file.is_lost:
+                continue
+            if file.bytes is not None:
+                # The copy of a file that we hold open although it was deleted.
+                return file
+            with contextlib.suppress(OSError):
+                if self._reopen_as(file, entry):
+                    return file
         return None
 
     def _reopen_as(self, file: LogFile, entry: _Entry) -> bool:
         """Whether a closed file is this one. It is opened if there is more to read."""
         opened = open_entry(entry)
-        is_same = holds_place(opened, file.mark)
-        if opened.is_gzip or file.mark.done:
-            # A .gz does not grow; inflating all of it would only confirm the inode. If
-            # nothing was in it, it has no first bytes.
-            is_empty = file.mark.head_size == 0 and not opened.at(0, 1)
-            is_same = is_empty or has_head(opened, file.mark)
-        if not is_same:
+        if not self._is_still(opened, file.mark, entry):
             opened.close()
             return False
         has_more = opened.is_gzip or entry.status.st_size > file.mark.offset
@@ -15339,82 +15553,147 @@ class Log:
         self._place_file(file, entry)
         return True
 
+    def _is_still(self, opened: LogBytes, mark: Mark, entry: _Entry) -> bool:
+        """Whether a file that has the inode of `mark` is that file. Raises OSError."""
+        if opened.is_gzip or mark.done:
+            # A .gz does not grow; inflating all of it would only confirm its time. If
+            # nothing was in it, it has no first bytes.
+            is_other = mark.done and mark.mtime_ns not in (0, opened.status().st_mtime_ns)
+            is_empty = mark.head_size == 0 and not opened.at(0, 1)
+            return not is_other and (is_empty or has_head(opened, mark))
+        if not holds_place(opened, mark):
+            return False
+        if mark.is_rotated and entry.path == self.path and not is_dated(opened, mark.offset):
+            # A rotated file does not get its name back: the inode was used again.
+            return False
+        return not is_rewritten(opened, mark, self._limits.rewritten_s)
+
     def _place_file(self, file: LogFile, entry: _Entry) -> None:
         """Note under which name a file was found."""
         file.path = entry.path
         if entry.path == self.path:
             self._current = file
 
-    def _explain(self, entry: _Entry, claimed: Set[int], is_older: bool) -> None:
-        """Find out what a file is whose inode says nothing. Raises OSError.
-
-        `claimed` are the numbers of the files that were found in this look.
-        """
+    def _explain(self, entry: _Entry, stock: _Stock, is_older: bool) -> None:
+        """Find out what a file is whose inode says nothing. Raises OSError."""
         opened = open_entry(entry)
-        owner = None
-        # A new file under the present name is just that, but for a first look: then it
-        # may be a log that was moved to another disk.
-        if entry.path != self.path or self._is_starting:
-            owner = self._owner_of(opened, entry, claimed)
-        if owner is None:
-            self._add(opened, entry, is_older)
-        elif owner.bytes is None and owner.mark.number not in claimed and not owner.mark.done:
-            owner.open(opened, entry.path)
-            claimed.add(owner.mark.number)
-            self._place_file(owner, entry)
-        else:
-            # A copy of what is open or read already.
+        try:
+            is_kept = self._explain_opened(opened, entry, stock, is_older)
+        except OSError:
+            opened.close()
+            raise
+        if not is_kept:
             opened.close()
 
-    def _owner_of(self, opened: LogBytes, entry: _Entry, claimed: Set[int]) -> Optional[LogFile]:
-        """The file of ours whose content this is. Raises OSError."""
-        # Two files that begin alike are one, if they begin with a time. Without one
-        # they may be two; then repeats are better than a loss.
-        may_be_copy = opened.is_gzip or _LINE_TIME.match(opened.at(0, HEAD_BYTES)) is not None
-        may_be_copy = may_be_copy and entry.path != self.path
-        for file in reversed(self._files):
-            mark = file.mark
-            is_taken = mark.done or mark.offset == 0 or mark.number in claimed
-            if file.bytes is not None:
-                is_same = may_be_copy and begin_alike(opened, file.bytes)
-            elif is_taken:
-                is_same = may_be_copy and has_head(opened, mark)
-            else:
-                is_same = holds_place(opened, mark)
-            if is_same:
-                return file
-        return None
+    def _explain_opened(
+        self, opened: LogBytes, entry: _Entry, stock: _Stock, is_older: bool
+    ) -> bool:
+        """The same of an opened file; whether it stays open. Raises OSError."""
+        # A new file under the present name is just that, but for a first look: then it
+        # may be a log that was moved to another disk.
+        alike: List[LogFile] = []
+        if entry.path != self.path or self._is_starting:
+            alike = [file for file in reversed(self._files) if self._is_alike(opened, file, stock)]
+        for file in alike:
+            if self._replaces(opened, file, entry, stock):
+                return self._go_on_in(file, opened, entry, stock)
+        if any(is_dated(opened, file.mark.offset) for file in alike):
+            return False
+        if self._may_be_decided_later(opened, alike, entry, stock):
+            self._undecided.add(entry.path)
+            return False
+        if alike and not is_older:
+            self._doubtful[entry.path] = entry.status.st_size
+        self._add(opened, entry, stock, is_older)
+        return not is_older
 
-    def _add(self, opened: LogBytes, entry: _Entry, is_older: bool) -> None:
+    def _is_alike(self, opened: LogBytes, file: LogFile, stock: _Stock) -> bool:
+        """Whether a file has the content of one of ours. Raises OSError."""
+        mark = file.mark
+        if opened.inode == mark.inode or (mark.done and mark.offset == 0):
+            return False
+        if file.bytes is not None and not file.bytes.is_gzip:
+            return begins_with(file.bytes, opened)
+        if not holds_all(opened, mark):
+            return False
+        # If it has more than a file that is still there, that is no copy.
+        return mark.number not in stock.claimed or not opened.at(mark.offset, 1)
+
+    def _replaces(self, opened: LogBytes, file: LogFile, entry: _Entry, stock: _Stock) -> bool:
+        """Whether a file with the content of one that is gone is a copy of it."""
+        mark = file.mark
+        if mark.number in stock.claimed:
+            return False
+        if is_dated(opened, max(mark.offset, mark.head_size)):
+            return True
+        if entry.path == self.path or mark.inode == 0 or not stock.is_settled:
+            return False
+        was_truncated = mark.inode in stock.inodes
+        return was_truncated or (opened.is_gzip and not mark.is_gzip)
+
+    def _may_be_decided_later(
+        self, opened: LogBytes, alike: Sequence[LogFile], entry: _Entry, stock: _Stock
+    ) -> bool:
+        """Whether a file may be a copy that is just being made. Raises OSError."""
+        if entry.path == self.path:
+            return False
+        if self._current is not None and self._current.is_torn(self._limits.rewritten_s):
+            # The present file was truncated while we looked.
+            return True
+        if alike and not stock.is_settled:
+            return True
+        is_candidate = opened.is_gzip or self._current in alike
+        if not (alike and is_candidate) and opened.at(0, 1):
+            return False
+        return time.time() - opened.status().st_ctime < self._limits.copy_s
+
+    def _go_on_in(self, file: LogFile, opened: LogBytes, entry: _Entry, stock: _Stock) -> bool:
+        """Read a file on in its copy; whether that stays open."""
+        stock.claimed.add(file.mark.number)
+        is_wanted = file.bytes is None and not file.mark.done
+        if is_wanted:
+            file.open(opened, entry.path)
+        else:
+            # It is read to its end as it is, or was.
+            file.mark = file.mark._replace(inode=opened.inode)
+        self._place_file(file, entry)
+        return is_wanted
+
+    def _add(self, opened: LogBytes, entry: _Entry, stock: _Stock, is_older: bool) -> None:
         """A file that we did not know, behind those that we know. Raises OSError."""
         number = 1 + max([file.mark.number for file in self._files], default=0)
-        file = LogFile(Mark(number), entry.path)
+        file = LogFile(Mark(number, crc=0, is_rotated=entry.path != self.path), entry.path)
         if opened.is_gzip and time.time() - entry.status.st_mtime < GZIP_FRESH_S:
             opened.check_whole()
         file.open(opened, entry.path)
+        stock.claimed.add(number)
         position = len(self._files)
         if self._current is not None:
             position = self._files.index(self._current)
         self._files.insert(position, file)
         self._place_file(file, entry)
         if is_older:
-            file.mark = file.mark._replace(done=True)
-            file.close()
+            file.leave_unread()
 
     def open_files(self) -> List[LogFile]:
         """Those that hold a descriptor."""
         return [file for file in self._files if file.bytes is not None]
 
     def _bound_open_files(self) -> None:
-        """Close what is too much: first what is read, then what has time."""
+        """Close what is too much: first what is read, then what has time.
+
+        The oldest with something to read stays: it is the one that is read.
+        """
         surplus = len(self.open_files()) - self._limits.open_files
-        rotated = [file for file in self.open_files() if file.is_rotated]
+        rotated = [file for file in self.open_files() if file.mark.is_rotated]
+        unread = [file for file in rotated if file.is_unread()]
         rotated.sort(key=lambda file: (file.is_unread(), -file.mark.number))
         for file in rotated[: max(0, surplus)]:
-            file.is_waiting = file.is_unread()
-            file.close()
+            if file not in unread[:1]:
+                file.is_waiting = file in unread
+                file.close()
 
-    def _older_entries(self, entries: Sequence[_Entry], claimed: Set[int]) -> Set[str]:
+    def _older_entries(self, stock: _Stock) -> Set[str]:
         """The paths of files that were there before the log was followed.
 
         A log without a place begins with its present file. With a place of an older
@@ -15423,78 +15702,81 @@ class Log:
         older: Set[str] = set()
         if self._reads_older or not self._is_starting:
             return older
-        known = {file.path for file in self._files if file.mark.number in claimed}
-        for entry in entries:
+        known = {file.path for file in self._files if file.mark.number in stock.claimed}
+        for entry in stock.entries:
             if entry.path in known or entry.path == self.path:
                 break
             older.add(entry.path)
         return older
 
-    def _leave_torn(self, file: LogFile, entries: Sequence[_Entry]) -> None:
-        """The present file was truncated: go on in the copy made before, if any."""
-        unread = file.seen_size - file.mark.offset
-        for entry in reversed(entries):
-            if entry.path == self.path or self._is_open(entry):
-                continue
-            with contextlib.suppress(OSError):
-                copy = open_entry(entry)
-                if holds_place(copy, file.mark) and file.mark.head_size > 0:
-                    file.open(copy, entry.path)
-                    return
-                copy.close()
+    def _leave_torn(self, file: LogFile) -> None:
+        """The present file was truncated: it goes on in the copy made before, if any."""
+        assert file.bytes is not None
+        if file.bytes.status().st_size >= file.seen_size and holds_place(file.bytes, file.mark):
+            _tell(f"{file.path} was written anew with the same lines: they are read as new")
         file.close()
-        file.mark = file.mark._replace(inode=0)
-        if unread > 0:
-            text = (
-                f"{self.path} was truncated, and there is no copy: it was read up to byte"
-                f" {file.mark.offset:,}, and {unread:,} bytes that were seen behind are missing"
-            )
-            self._missing.append((file, text))
+        file.is_lost = True
+        self._has_new_place = True
 
-    def _is_open(self, entry: _Entry) -> bool:
-        """Whether this is a file that we hold open."""
-        return any(file.is_open_as(entry.status) for file in self._files)
-
-    def _tell_the_start(self, entries: Sequence[_Entry], claimed: Set[int]) -> None:
+    def _tell_the_start(self, stock: _Stock) -> None:
         """What is missing at the start, and what is read in addition."""
+        entries = stock.entries
         if not self._follows and (not entries or entries[-1].path != self.path):
             self.failures.append(f"{self.path}: {os.strerror(errno.ENOENT)}")
         last = self._place_mark
-        if last is not None and last.number not in claimed:
+        if last is not None and last.number not in stock.claimed:
+            self._has_new_place = True
             _tell(
                 f"{self.path} as it was read up to byte {last.offset:,} (line {last.line:,})"
                 " is gone or truncated: going on with what is there now"
             )
         if last is None and self._reads_older:
-            older = [file for file in self._files if file.is_rotated and not file.mark.done]
+            older = [file for file in self._files if file.mark.is_rotated and not file.mark.done]
             if older:
                 count = sum(file.seen_size for file in older)
                 _tell(f"no place yet: reading {len(older)} older files ({count:,} bytes), too")
 
-    def _forget_gone(self, entries: Sequence[_Entry]) -> None:
-        """Forget files that are closed and gone, but for the newest of them."""
-        present = {entry.status.st_ino for entry in entries}
+    def _forget_gone(self, stock: _Stock) -> None:
+        """Forget files that are closed and gone, but for the newest of them.
+
+        Their inodes may be other files' by now. What a truncation took is said here, as
+        there is no copy.
+        """
         kept: List[LogFile] = []
         for index, file in enumerate(self._files):
-            is_gone = file.bytes is None and not file.is_waiting
-            is_gone = is_gone and file.mark.inode not in present
-            if is_gone:
-                # Its inode may be another file's by now.
-                file.mark = file.mark._replace(inode=0)
-            if not is_gone or index >= len(self._files) - GONE_FILES_KEPT:
+            is_there = file.mark.inode in stock.inodes and not file.is_lost
+            if file.bytes is not None or file.is_waiting or is_there:
+                kept.append(file)
+                continue
+            self._tell_what_is_missing(file)
+            file.is_lost = False
+            file.mark = file.mark._replace(inode=0)
+            if index >= len(self._files) - GONE_FILES_KEPT:
                 kept.append(file)
         self._files = kept
+
+    def _tell_what_is_missing(self, file: LogFile) -> None:
+        """Say what was seen of a truncated file, and not read."""
+        unread = file.seen_size - file.mark.offset
+        if file.is_lost and unread > 0 and not file.mark.done:
+            _tell(
+                f"{self.path} was truncated, and there is no copy: it was read up to byte"
+                f" {file.mark.offset:,}, and {unread:,} bytes that were seen behind are missing"
+            )
 
     # -- reading them --
 
     def read(self) -> Optional[Batch]:
         """The next events and the place behind them; None: nothing new. Raises OSError.
 
-        A file gives way to the next when it was renamed and its writer is done with it.
-        It stays open for late lines, which come first again.
+        A file gives way to the next when it was renamed and its writer is done with it,
+        or goes on for too long. It stays open for late lines, which come first again.
         """
         with self._lock:
-            for file in self._files:
+            if self._has_new_place:
+                self._has_new_place = False
+                return Batch([], [], self.place())
+            for file in list(self._files):
                 if file.is_waiting:
                     self._open_waiting(file)
                 if file.bytes is None or file.mark.done:
@@ -15507,9 +15789,10 @@ class Log:
                     continue
                 if pieces:
                     return self._make_batch(file, pieces)
-                if not is_ended:
+                if is_ended:
+                    self._leave(file)
+                elif self._holds_up(file):
                     return None
-                self._leave(file)
             return None
 
     def place(self) -> Dict[str, Any]:
@@ -15518,7 +15801,7 @@ class Log:
         for file in self._files:
             if file.mark.offset or file.mark.done:
                 marks.append(file.mark._asdict())
-        return {"files": marks}
+        return {"files": marks, "salt": self._salt}
 
     def unread(self, place: Any) -> int:
         """Bytes of the log that are behind a place of ours."""
@@ -15536,9 +15819,19 @@ class Log:
 
         A run that ends and keeps a place leaves such a line for the next run.
         """
-        if file.is_rotated:
-            return not self._follows or file.idle_s() >= self._limits.quiet_s
-        return not self._follows and not self._keeps_place
+        if file.mark.is_gzip:
+            return True
+        if not self._follows and not self._keeps_place:
+            return True
+        quiet_s = self._limits.quiet_s
+        if not self._follows:
+            quiet_s = self._limits.kept_s
+        return file.mark.is_rotated and file.idle_s() >= quiet_s
+
+    def _holds_up(self, file: LogFile) -> bool:
+        """Whether the files behind this one have to wait for what may be appended."""
+        rotated_s = time.monotonic() - file.rotated_s
+        return self._follows and file.mark.is_rotated and rotated_s < self._limits.held_s
 
     def _read_pieces(self, file: LogFile, is_ended: bool) -> List[bytes]:
         """The next lines of a file; none if it was truncated meanwhile."""
@@ -15591,48 +15884,60 @@ class Log:
         """The events of pieces at the place of a file; the place moves on."""
         file.read_s = time.monotonic()
         if file.mark.offset == 0:
-            file.mark = self._identify(file.mark, pieces[0])
+            self._learn_first(file, pieces[0])
         mark = file.mark
-        log = self._name
-        if mark.nonce:
-            log += " " + mark.nonce
-        anchor = mark.anchor or mark.identity or str(mark.inode)
-        events = LineEvents(self._lines, log, mark.offset, mark.line + 1, anchor)
+        events = LineEvents(
+            self._lines,
+            self._name,
+            mark.offset,
+            mark.line + 1,
+            mark.roots(),
+            lambda start: self._apart(file, start),
+        )
         batch = events.of_pieces(pieces)
         last = pieces[-1][-LAST_BYTES:]
+        crc = None
+        if mark.crc is not None:
+            crc = zlib.crc32(b"".join(pieces), mark.crc)
         file.mark = mark._replace(
             offset=events.offset,
             line=events.line - 1,
             last_size=len(last),
             last_crc=zlib.crc32(last),
-            anchor=events.anchor,
+            crc=crc,
+            **events.roots._asdict(),
         )
+        file.note_time()
         return batch._replace(place=self.place())
 
-    def _identify(self, mark: Mark, first: bytes) -> Mark:
-        """Give a file its identity: its first line, and if need be its inode.
+    def _learn_first(self, file: LogFile, first: bytes) -> None:
+        """Make the root of what comes before the first line with a time.
 
-        A first line with a time is hardly ever that of two files; one without may be
-        that of all. Where another file had the same identity, a nonce tells them apart:
-        a line that comes again in a new file is a new line.
+        A first line without a time may be that of all files; so the inode is in it.
         """
         text = first.strip(b"\0\r\n")
-        inode = 0
-        if _LINE_TIME.match(text) is None:
-            inode = mark.inode
-        identity = line_id(hash_of_log(self._name), f"file {inode}", 0, text)
-        nonce = ""
-        for file in self._files:
-            if file.mark.identity == identity:
-                nonce = str(mark.number)
-        return mark._replace(identity=identity, nonce=nonce)
+        root = line_id(hash_of_log(self._name), f"file {file.mark.inode}", 0, text)
+        root = self._apart(file, root)
+        file.mark = file.mark._replace(first=root, anchor=root)
+
+    def _apart(self, file: LogFile, root: str) -> str:
+        """A root of `file` that no other file of the log has.
+
+        A line that comes again in a new file is a new line.
+        """
+        used: List[str] = []
+        for other in self._files:
+            if other is not file:
+                used.extend((other.mark.first, other.mark.start))
+        return tell_apart(root, used, f"{self._salt}~{file.mark.inode}")
 
     def _leave(self, file: LogFile) -> None:
         """A file was read to its end: close it, unless late lines may come."""
         assert file.bytes is not None
-        if not file.is_rotated:
+        if not file.mark.is_rotated:
             return
         if file.bytes.is_gzip:
+            file.note_time()
             file.mark = file.mark._replace(done=True)
             file.close()
         elif file.idle_s() >= self._limits.kept_s:
@@ -15652,38 +15957,16 @@ class Log:
 
     def _open_waiting(self, file: LogFile) -> None:
         """Find a file again whose turn has come. Raises OSError."""
-        for _ in range(LOOKS_MAX):
-            entries = list_log(self.path)
-            if self._open_one_of(entries, file):
-                return
-            if is_same_listing(entries, list_log(self.path)):
-                file.is_waiting = False
-                missing = f"{file.seen_size:,} bytes are missing"
-                self._give_up(file, f"was removed before it was read: {missing}")
-                return
-
-    def _open_one_of(self, entries: Sequence[_Entry], file: LogFile) -> bool:
-        """Open the file that holds the place of `file`. Raises OSError."""
-        failure: Optional[OSError] = None
-        for entry in entries:
-            if self._is_open(entry):
-                continue
-            try:
-                opened = open_entry(entry)
-                is_same = holds_place(opened, file.mark)
-            except FileNotFoundError:
-                # Renamed meanwhile: the next listing has it.
-                continue
-            except OSError as error:
-                failure = error
-                continue
-            if is_same and (file.mark.head_size or opened.inode == file.mark.inode):
-                file.open(opened, entry.path)
-                return True
-            opened.close()
-        if failure is not None:
-            raise failure
-        return False
+        file.is_waiting = False
+        self._is_settled = False
+        self.look()
+        if file.bytes is not None:
+            return
+        if not self._is_settled or self._unopened or self._undecided:
+            file.is_waiting = True
+            return
+        missing = f"{file.seen_size:,} bytes are missing"
+        self._give_up(file, f"was removed before it was read: {missing}")
 
     def _give_up(self, file: LogFile, reason: str) -> None:
         """Leave a file that will never be read, and say so."""
@@ -15909,7 +16192,6 @@ def _batches_of_pipe(name: str, settings: PublishSettings, report: Report) -> It
     while True:
         try:
             _check_pipe(name)
-            # To open it may take until there is a writer. That is no trouble.
             report.waits("", "read")
             yield from _batches_of_writer(name, settings)
         except OSError as error:
@@ -15931,13 +16213,26 @@ def _batches_of_writer(name: str, settings: PublishSettings) -> Iterator[Batch]:
 
     If it is no text, all of it is left out. So the next writer does not follow on it.
     """
-    with _open_stream(name) as file:
+    with open(name, "rb", buffering=0, opener=_open_at_once) as file:
+        if not _wait_for_writer(file, name, settings.limits.poll_s):
+            return
+        os.set_blocking(file.fileno(), True)
         try:
             yield from _batches_of_open_stream(file, name, settings)
         except UnreadableText as error:
             _tell(f"{error}; it is left out")
             while file.read(settings.limits.read_bytes):
                 pass
+
+
+def _wait_for_writer(file: Any, name: str, poll_s: float) -> bool:
+    """Whether an open pipe has something to read, before its name is another one's."""
+    import select
+
+    while not select.select([file], [], [], poll_s)[0]:
+        if not os.path.samestat(os.stat(name), os.fstat(file.fileno())):
+            return False
+    return True
 
 
 def _batches_of_log(
@@ -15952,6 +16247,7 @@ def _batches_of_log(
         settings.limits,
         read_marks(place),
         follows=settings.follow,
+        salt=read_salt(place),
         reads_older=bool(settings.state) and not isinstance(place, list),
         keeps_place=bool(settings.state),
     )
@@ -16000,6 +16296,13 @@ def read_marks(place: Any) -> List[Mark]:
         return [Mark(**saved) for saved in place["files"]]
     except (KeyError, TypeError, ValueError):
         raise ClientError("the place is of another version: remove it to start anew")
+
+
+def read_salt(place: Any) -> str:
+    """The salt in a place of ours; "" if there is none."""
+    if not isinstance(place, dict):
+        return ""
+    return str(place.get("salt", ""))
 
 
 # ---- G. Relay ----

@@ -4910,7 +4910,9 @@ def ask_server_over(api, data):
 # ============================================================================
 
 # Limits with which nothing waits for long.
-FAST = aggregator.ClientLimits(backoff_s=0.001, poll_s=0.01, quiet_s=0.0)
+FAST = aggregator.ClientLimits(
+    backoff_s=0.001, poll_s=0.01, quiet_s=0.0, copy_s=0.0, rewritten_s=0.0
+)
 NUMBERS = itertools.count()
 
 
@@ -5143,6 +5145,7 @@ class LogReading:
         ids = "offset" if topic else "given"
         lines = aggregator.LineSettings(topic, "h", ids)
         marks = aggregator.read_marks(place)
+        options["salt"] = aggregator.read_salt(place)
         self.log = aggregator.Log(str(path), lines, limits, marks, **options)
         self.place = place
         self.ids = []
@@ -5197,16 +5200,23 @@ class ChaosWriter:
 
     It does so in three ways: by renaming; by copying and truncating; by renaming, with
     the file before compressed.
+
+    Lines that are `alike` make files that begin alike: some numbered lines tell the
+    second only, and equal lines stand at the start of files, too. Some of those have a
+    time.
     """
 
     EQUAL = "a line without a time, like others"
+    EQUAL_TIMED = "retry, like others"
 
-    def __init__(self, path, count, equal, seed):
+    def __init__(self, path, count, equal, seed, alike):
+        self.alike = alike
+        self.equal = equal
+        self.equal_timed = 0
         self.path = str(path)
         self.chance = random.Random(seed)
         self.count = count
-        # An equal line follows each of these, so none is the first of a file: the first
-        # line is what tells a file from others.
+        # An equal line follows each of these, so that none is the first of a file.
         self.equal_after = set(self.chance.sample(range(count), equal))
         self.written = 0
         self.rotations = 0
@@ -5225,8 +5235,12 @@ class ChaosWriter:
     def write(self, most):
         """Some lines, the last one in two halves."""
         text = ""
+        if self.alike and not (os.path.exists(self.path) and os.path.getsize(self.path)):
+            text += self.start_alike()
         for number in range(self.written, min(self.written + most, self.count)):
             now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+            if self.alike and self.chance.random() < 0.3:
+                now = now[:19] + "Z"
             text += f"{now} {'x' * self.chance.randrange(80)} line {number}\n"
             if number in self.equal_after:
                 text += self.EQUAL + "\n"
@@ -5236,6 +5250,14 @@ class ChaosWriter:
             file.write(text[:half])
             file.flush()
             file.write(text[half:])
+
+    def start_alike(self):
+        """Equal lines at the start of a file, without a time and with the second."""
+        equal, timed = self.chance.randrange(2), self.chance.randrange(3)
+        self.equal += equal
+        self.equal_timed += timed
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()[:19]
+        return f"{self.EQUAL}\n" * equal + f"{now}Z {self.EQUAL_TIMED}\n" * timed
 
     def rotate(self):
         self.rotations += 1
@@ -5264,21 +5286,24 @@ class ChaosWriter:
 class Chaos:
     """A writer, a service and a follower; the last two are killed at random.
 
-    Once the place is deleted, too.
+    Once the place is deleted, too; but not with files that are `alike`: they are told
+    apart by what the place knows.
     """
 
-    def __init__(self, folder, count, equal, seed):
+    def __init__(self, folder, count, equal, seed, alike):
         self.folder = folder
         self.chance = random.Random(seed)
-        self.expected = count + equal
         self.place = folder / "place"
         self.log = folder / "app.log"
-        self.writer = ChaosWriter(self.log, count, equal, seed)
+        self.writer = ChaosWriter(self.log, count, equal, seed, alike)
         self.service = Program(folder / "chaos.db")
         self.port = self.service.port
         self.follower = self.follow()
         self.kills = 0
-        self.has_deleted = False
+        self.has_deleted = alike
+
+    def expected(self):
+        return self.writer.count + self.writer.equal + self.writer.equal_timed
 
     def follow(self):
         return Child(
@@ -5292,7 +5317,7 @@ class Chaos:
         while self.writer.thread.is_alive() or self.kills < 2:
             time.sleep(self.chance.uniform(0, 0.8))
             self.strike()
-        wait_until(lambda: count_stored(self.port) >= self.expected, 120)
+        wait_until(lambda: count_stored(self.port) >= self.expected(), 120)
 
     def strike(self):
         """Kill one of the two, or both, and start what was killed some time later."""
@@ -15187,6 +15212,8 @@ def test_nothing_that_passes_ends_who_follows_a_named_pipe(site, pipe, tmp_path)
     arguments = ("--url", local(site.port), "--topic", "t", "--follow", path)
     with Child(tmp_path, "publish", *arguments) as child:
         wait_until(lambda: messages(site.port) == ["one"])
+        # By now the follower waits for the next writer.
+        time.sleep(2 * aggregator.FILE_POLL_S)
         os.remove(path)
         wait_until(lambda: os.strerror(errno.ENOENT) in child.said())
         append(path, "a regular file\n")
@@ -15417,6 +15444,75 @@ def test_a_line_with_a_time_that_begins_two_files_is_stored_twice(tmp_path):
     assert len(set(reading.ids)) == 2
 
 
+RETRY = "2026-11-27 21:50:46 retry\n"
+
+
+def test_an_equal_line_at_an_equal_place_of_a_file_that_begins_otherwise_is_new(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("2026-11-27 21:50:46 a\n" + RETRY)
+    reading = LogReading(log).look()
+    reading.read()
+    rotate(log, 1, "2026-11-27 21:50:47 b\n" + RETRY)
+    assert len(reading.look().read()) == 2
+    assert len(set(reading.ids)) == 4
+    assert ids_of(log) + ids_of(f"{log}.1") == reading.ids[2:] + reading.ids[:2]
+
+
+def test_a_line_with_a_time_keeps_its_id_in_a_copy_that_begins_without_one(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("time;text\n" + RETRY * 2)
+    before = ids_of(log)
+    copy_and_truncate(log, tmp_path / "log.1")
+    assert ids_of(tmp_path / "log.1")[1:] == before[1:]
+
+
+@pytest.mark.parametrize("keeps_place", [True, False])
+def test_no_id_is_used_again_after_the_place_was_lost(tmp_path, keeps_place):
+    log = tmp_path / "log"
+    ids = []
+    for _ in range(2):
+        log.write_text("tick\n")
+        reading = LogReading(log, keeps_place=keeps_place).look()
+        reading.read()
+        for _ in range(3):
+            os.truncate(str(log), 0)
+            reading.look().read()
+            append(log, "tick\n")
+            assert reading.look().read() == ["tick"]
+        ids.append(reading.ids)
+    first, second = ids
+    assert len(set(first + second)) == 7
+    assert first[0] == second[0]
+
+
+def test_a_line_that_is_sent_again_after_a_crash_keeps_its_nonce(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("tick\n")
+    reading = LogReading(log).look()
+    reading.read()
+    rotate(log, 1, "x\n")
+    reading.look().read()
+    for text in ("tick\n", RETRY, RETRY):
+        rotate(log, 2, text)
+        reading.look()
+        crashed = LogReading(log, reading.place).look()
+        assert reading.read() == crashed.read()
+        assert reading.ids[-1:] == crashed.ids
+
+
+ROOTS = {
+    "not used": ([], "ab"),
+    "others used": (["cd", "cd~3~salt", ""], "ab"),
+    "used": (["ab"], "ab~1~new"),
+    "used with a nonce": (["ab~1~salt", "ab~7~other", "cd~9~salt"], "ab~8~new"),
+}
+
+
+@with_cases("used, expected", ROOTS)
+def test_a_root_that_is_used_gets_a_nonce_that_is_not(used, expected):
+    assert aggregator.tell_apart("ab", used, "new") == expected
+
+
 ROTATED_NAMES = text_table("""
     number                      | app.log.1                | app.log
     number, compressed          | app.log.12.gz            | app.log
@@ -15543,12 +15639,249 @@ def test_what_a_truncation_took_is_said_with_numbers(log, capsys):
     assert "read up to byte 0" in told
 
 
-def test_a_copy_made_by_hand_is_not_read_again(log):
+DATED = "2026-01-01T00:00:00Z start\n2026-01-01T00:00:01Z line 0\n"
+DATED_TEXTS = {
+    "two times": DATED,
+    "a microsecond": "2026-01-01T00:00:00.000001Z line 0\n",
+    "a header": "time;text\n" + DATED,
+}
+UNDATED_TEXTS = {
+    "no time": "line 0\nline 0\n",
+    "one second": numbered(0, 1) * 2,
+    "one millisecond": "2026-01-01 00:00:00,123 line 0\n" * 2,
+    "a time within": "[a] 2026-01-01T00:00:00Z\n[b] 2026-01-01T00:00:01Z\n",
+}
+
+
+@with_cases("text", DATED_TEXTS)
+def test_a_copy_of_lines_that_can_be_written_only_once_is_not_read_again(log, text):
+    log.write_text(text)
     reading = LogReading(log).look()
     reading.read()
     shutil.copyfile(str(log), str(log) + ".1")
     rotate(log, 2, numbered(1, 2))
     assert line_numbers(reading.look().read()) == [1]
+    assert line_numbers(reading.again().read()) == []
+
+
+@with_cases("text", UNDATED_TEXTS)
+def test_what_may_be_a_copy_or_a_new_file_is_read_as_new_and_said(log, capsys, text):
+    log.write_text(text)
+    reading = LogReading(log).look()
+    found = reading.read()
+    shutil.copyfile(str(log), str(log) + ".1")
+    rotate(log, 2, numbered(1, 2))
+    assert reading.look().read() == found + ["2026-01-01T00:00:00Z line 1"]
+    assert len(set(reading.ids)) == len(reading.ids)
+    told = capsys.readouterr().err
+    assert f"{log}.1: {len(text)} bytes are read as new lines, although" in told
+
+
+def test_files_with_the_same_lines_of_one_second_are_all_read(log):
+    log.write_text(RETRY * 3)
+    reading = LogReading(log).look()
+    found = reading.read()
+    for number in range(9, 4, -1):
+        rotate(log, number, RETRY * 3)
+    found += reading.look().read()
+    assert found == [RETRY.strip()] * 18
+    assert len(set(reading.ids)) == 18
+
+
+def test_a_file_that_begins_as_an_open_one_and_goes_on_is_read(log):
+    log.write_text(RETRY)
+    reading = LogReading(log).look()
+    reading.read()
+    rotate(log, 2, RETRY + numbered(1, 3))
+    rotate(log, 1, numbered(3, 4))
+    found = reading.look().read()
+    assert found[0] == RETRY.strip()
+    assert line_numbers(found[1:]) == [1, 2, 3]
+    assert len(set(reading.ids)) == 5
+
+
+def test_files_with_the_same_lines_that_came_while_nobody_followed_are_all_read(log):
+    reading = LogReading(log).look()
+    reading.read()
+    for number in (3, 2, 1):
+        rotate(log, number, RETRY * 3)
+    again = reading.again()
+    assert again.read() == [RETRY.strip()] * 9
+    assert len(set(again.ids)) == 9
+
+
+@pytest.mark.parametrize("is_first_gone", [True, False])
+def test_a_gzip_with_the_header_of_another_file_is_read(log, is_first_gone):
+    header = "c" * 300 + "\n"
+    log.write_text(header + "1\n")
+    reading = LogReading(log).look()
+    reading.read()
+    for number in (2, 3):
+        rotate(log, 9 - number, header + f"{number}\n")
+        compress(f"{log}.{9 - number}")
+    if is_first_gone:
+        os.remove(f"{log}.7.gz")
+    found = reading.again().read()
+    assert [text for text in found if len(text) == 1] == ["2", "3"]
+
+
+def test_a_gzip_of_a_file_that_is_there_is_left_alone_until_that_is_gone(log):
+    reading = LogReading(log, limits=FAST._replace(copy_s=60)).look()
+    reading.read()
+    rotate(log, 1, numbered(1, 2))
+    found = reading.look().read()
+    os.link(f"{log}.1", f"{log}.1.kept")
+    compress(f"{log}.1")
+    os.rename(f"{log}.1.kept", f"{log}.1")
+    rotate(log, 2, numbered(2, 3))
+    found += reading.look().read()
+    os.remove(f"{log}.1")
+    rotate(log, 3, numbered(3, 4))
+    found += reading.look().read()
+    assert line_numbers(found) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", [numbered(0, 1), DATED], ids=["undated", "dated"])
+def test_a_copy_that_is_seen_before_the_truncation_is_read_only_as_the_copy(log, text):
+    log.write_text(text)
+    reading = LogReading(log, limits=FAST._replace(copy_s=60)).look()
+    reading.read()
+    append(log, numbered(1, 2))
+    copy = log.with_name("app.log.1")
+    for part in ("", text[:5], text + numbered(1, 2)):
+        copy.write_text(part)
+        reading.log._is_settled = False
+        reading.look()
+    os.truncate(str(log), 0)
+    append(log, numbered(2, 3))
+    assert line_numbers(reading.look().read()) == [1, 2]
+
+
+def test_what_could_be_a_copy_is_read_when_its_time_is_over(log):
+    log.write_text(RETRY)
+    reading = LogReading(log, limits=FAST._replace(copy_s=60)).look()
+    reading.read()
+    log.with_name("app.log.1").write_text(RETRY)
+    reading.log._is_settled = False
+    assert reading.look().read() == []
+    reading.log._limits = FAST
+    assert reading.look().read() == [RETRY.strip()]
+
+
+def test_equal_lines_are_counted_right_where_their_copy_was_compressed(log):
+    log.write_text("ping\n" * 100)
+    reading = LogReading(log).look()
+    found = reading.read()
+    copy_and_truncate(log, f"{log}.1")
+    compress(f"{log}.1")
+    append(log, "ping\n" * 120)
+    again = reading.again()
+    found += again.read()
+    assert found == ["ping"] * 220
+    assert not set(again.ids) & set(reading.ids)
+
+
+def write_anew(log, text):
+    """The same file with other lines, a second later by its clock."""
+    log.write_text(text)
+    os.utime(str(log), (time.time() + 1, time.time() + 1))
+
+
+@pytest.mark.parametrize("is_follower", [True, False])
+def test_the_same_text_that_is_written_anew_is_new(log, capsys, is_follower):
+    log.write_text("tick\n")
+    reading = LogReading(log).look()
+    reading.read()
+    write_anew(log, "tick\n")
+    again = reading if is_follower else LogReading(log, reading.place)
+    assert again.look().read() == ["tick"]
+    assert len(set(reading.ids + again.ids)) == 2
+    told = capsys.readouterr().err
+    assert "written anew" in told or "gone or truncated" in told
+
+
+def test_a_file_of_dated_lines_that_is_only_touched_is_not_read_again(log):
+    log.write_text(DATED)
+    reading = LogReading(log).look()
+    reading.read()
+    write_anew(log, DATED)
+    assert reading.look().read() == []
+    assert reading.again().read() == []
+
+
+def test_a_write_that_is_under_way_is_no_truncation(log):
+    log.write_text("tick\n")
+    mark = aggregator.Mark(1, offset=5, mtime_ns=1)
+
+    class Growing(aggregator.LogBytes):
+        def status(self):
+            append(log, "tock\n" * self.is_asked)
+            self.is_asked = True
+            return super().status()
+
+    growing = Growing(str(log))
+    growing.is_asked = False
+    assert not aggregator.is_rewritten(growing, mark, 10)
+    growing.close()
+
+
+def test_a_run_that_finds_an_empty_file_remembers_the_truncation(log):
+    log.write_text("tick\n")
+    reading = LogReading(log).look()
+    reading.read()
+    os.truncate(str(log), 0)
+    empty = reading.again()
+    assert empty.read() == []
+    append(log, "tick\nmore\n")
+    again = empty.again()
+    assert again.read() == ["tick", "more"]
+    assert again.ids[0] not in reading.ids
+
+
+def test_a_file_without_times_that_took_the_inode_of_a_rotated_one_is_new(log):
+    log.write_text("tick\n")
+    reading = LogReading(log).look()
+    reading.read()
+    rotate(log, 1, "other\n")
+    reading.look().read()
+    os.remove(str(log))
+    os.rename(f"{log}.1", str(log))
+    append(log, "tock\n")
+    assert reading.again().read() == ["tick", "tock"]
+
+
+def test_a_file_is_read_on_under_a_name_that_no_rotation_gives(log):
+    reading = LogReading(log).look()
+    reading.read()
+    append(log, numbered(1, 2))
+    os.rename(str(log), str(log.with_name("yesterday")))
+    log.write_text(numbered(2, 3))
+    assert line_numbers(reading.again().read()) == [1, 2]
+
+
+def test_the_unfinished_line_of_a_rotated_file_is_left_for_the_next_run(log):
+    append(log, "hal")
+    reading = LogReading(log, follows=False).look()
+    assert line_numbers(reading.read()) == [0]
+    rotate(log, 1, numbered(1, 2))
+    again = reading.again(follows=False)
+    assert line_numbers(again.read()) == [1]
+    append(f"{log}.1", "f\nrest")
+    last = again.again(follows=False)
+    assert last.read() == ["half"]
+    os.utime(f"{log}.1", (0, 0))
+    assert last.again(follows=False).read() == ["rest"]
+
+
+def test_a_rotated_file_that_is_still_written_to_holds_up_the_next_for_a_while_only(log):
+    reading = LogReading(log, limits=FAST._replace(quiet_s=60)).look()
+    rotate(log, 1, numbered(2, 3))
+    assert line_numbers(reading.look().read()) == [0]
+    reading.log._limits = FAST._replace(quiet_s=60, held_s=0)
+    append(f"{log}.1", numbered(1, 2) + "hal")
+    assert line_numbers(reading.read()) == [1, 2]
+    append(f"{log}.1", "f\n")
+    assert reading.read() == ["half"]
 
 
 def test_two_files_that_begin_with_the_same_time_are_both_read(log):
@@ -15622,6 +15955,7 @@ def test_late_lines_that_came_while_nobody_followed_are_read(log):
 
 
 def test_a_log_that_was_moved_to_another_disk_is_read_on(log):
+    log.write_text(DATED)
     reading = LogReading(log).look()
     reading.read()
     os.rename(str(log), str(log) + ".moving")
@@ -15717,11 +16051,11 @@ def test_a_look_that_ends_in_an_error_keeps_what_it_found(log, monkeypatch):
     append(log, numbered(1, 2))
     listing, calls = aggregator.list_log, []
 
-    def list_once(path):
+    def list_once(path, *inodes):
         calls.append(path)
         if len(calls) % 2 == 0:
             raise OSError(errno.EMFILE, "Too many open files", path)
-        return listing(path)
+        return listing(path, *inodes)
 
     monkeypatch.setattr(aggregator, "list_log", list_once)
     reading = LogReading(log)
@@ -15734,9 +16068,9 @@ def test_a_look_that_ends_in_an_error_keeps_what_it_found(log, monkeypatch):
 def test_a_look_lists_the_folder_a_bounded_number_of_times(log, monkeypatch):
     listing, calls = aggregator.list_log, []
 
-    def list_and_count(path):
+    def list_and_count(path, *inodes):
         calls.append(path)
-        return listing(path)
+        return listing(path, *inodes)
 
     monkeypatch.setattr(aggregator, "list_log", list_and_count)
     LogReading(log).look()
@@ -16086,20 +16420,24 @@ def test_a_log_that_rotates_at_full_speed_loses_nothing(site, tmp_path):
     assert sorted(line_numbers(messages(site.port))) == list(range(count))
 
 
-def test_chaos_loses_nothing_and_doubles_nothing(tmp_path):
+@pytest.mark.parametrize("alike", [False, True], ids=["place deleted", "files alike"])
+def test_chaos_loses_nothing_and_doubles_nothing(tmp_path, alike):
     """CHAOS_LINES=100000 is the full size; CHAOS_SEED repeats a run."""
     count = int(os.environ.get("CHAOS_LINES", "12000"))
     seed = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
     print(f"CHAOS_SEED={seed}")
-    with Chaos(tmp_path, count, count // 100, seed) as chaos:
+    with Chaos(tmp_path, count, count // 100, seed, alike) as chaos:
         chaos.run()
         found = messages(chaos.port)
     print(f"{chaos.kills} kills, {chaos.writer.rotations} rotations")
     equal = found.count(ChaosWriter.EQUAL)
-    numbers = line_numbers([text for text in found if text != ChaosWriter.EQUAL])
+    timed = [text for text in found if text.endswith(ChaosWriter.EQUAL_TIMED)]
+    numbers = line_numbers([text for text in found if " line " in text and "time" not in text])
     assert set(numbers) == set(range(count))
     assert len(numbers) == count
-    assert equal == count // 100
+    assert equal == chaos.writer.equal
+    assert len(timed) == chaos.writer.equal_timed
+    assert (equal > count // 100) == alike
     assert chaos.kills > 1
     assert chaos.writer.rotations > 2
 
