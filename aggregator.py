@@ -13739,6 +13739,10 @@ COPY_FRESH_S = 1.0
 # Seconds to wait before a file whose time changed, but not its size, is called another
 # one: a write sets the time first.
 REWRITTEN_S = 0.5
+# It waits once more as long for each so many bytes that would be read again, and so many
+# times at most.
+REWRITTEN_BYTES = 1024 * 1024
+REWRITTEN_WAITS = 60
 # Files whose marks are kept although they are gone: a later one may begin with the same
 # line, and its ids must be others.
 GONE_FILES_KEPT = 64
@@ -14618,6 +14622,11 @@ _LINE_TIME = re.compile(
     """,
     re.VERBOSE,
 )
+# A date with a time anywhere in a line, as web servers and loggers in JSON write it.
+_ANY_TIME = re.compile(
+    rb"(?:[0-9]{4}-[0-9]{2}-[0-9]{2}[T ]|[0-9]{2}/[A-Z][a-z]{2}/[0-9]{4}:)"
+    rb"[0-9]{2}:[0-9]{2}:[0-9]{2}"
+)
 # Years to go back for a date without a year: from one 29th of February to another.
 LEAP_YEARS = 8
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
@@ -14892,7 +14901,8 @@ class LineEvents:
 #   * was truncated: that is how copying rotates; or
 #   * is gone, and the copy is compressed: that is how compressing rotates.
 #
-# All others are read as new files, and that is said.
+# If that happened while nobody looked, a time in the content or of the file must tell of
+# it, too. All others are read as new files, and that is said.
 
 
 class Mark(NamedTuple):
@@ -15008,6 +15018,20 @@ def is_dated(file: Any, size: int) -> bool:
     return False
 
 
+def tells_time(file: Any, size: int) -> bool:
+    """Whether the first bytes of a file hold a time, wherever in a line.
+
+    That is less than `is_dated`: it makes equal content of other files unlikely.
+    """
+    head = file.at(0, min(size, FILE_READ_BYTES))
+    return _ANY_TIME.search(head) is not None or _LINE_TIME.match(head) is not None
+
+
+def is_same_second(status: os.stat_result, mark: Mark) -> bool:
+    """Whether a .gz has the time of its original, which compressing leaves to it."""
+    return mark.mtime_ns != 0 and status.st_mtime_ns // 10**9 == mark.mtime_ns // 10**9
+
+
 def is_rewritten(file: "LogBytes", mark: Mark, wait_s: float) -> bool:
     """Whether a file that holds the place was written anew with the same bytes.
 
@@ -15015,6 +15039,7 @@ def is_rewritten(file: "LogBytes", mark: Mark, wait_s: float) -> bool:
     sets the time before the size: for `wait_s` seconds one may still be under way. Bytes
     that can have been written only once were touched, not written.
     """
+    wait_s *= min(REWRITTEN_WAITS, 1 + mark.offset // REWRITTEN_BYTES)
     end_s = time.monotonic() + wait_s
     while True:
         status = file.status()
@@ -15024,7 +15049,7 @@ def is_rewritten(file: "LogBytes", mark: Mark, wait_s: float) -> bool:
             return False
         if time.monotonic() >= end_s:
             return True
-        time.sleep(wait_s / 10)
+        time.sleep(min(FILE_POLL_S, wait_s / 10))
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -15531,6 +15556,8 @@ class Log:
             if file.mark.inode != entry.status.st_ino or file.is_lost:
                 continue
             if file.bytes is not None:
+                if file.bytes.inode == file.mark.inode:
+                    continue
                 # The copy of a file that we hold open although it was deleted.
                 return file
             with contextlib.suppress(OSError):
@@ -15555,14 +15582,17 @@ class Log:
 
     def _is_still(self, opened: LogBytes, mark: Mark, entry: _Entry) -> bool:
         """Whether a file that has the inode of `mark` is that file. Raises OSError."""
-        if opened.is_gzip or mark.done:
-            # A .gz does not grow; inflating all of it would only confirm its time. If
-            # nothing was in it, it has no first bytes.
-            is_other = mark.done and mark.mtime_ns not in (0, opened.status().st_mtime_ns)
+        if mark.done:
+            if mark.mtime_ns not in (0, opened.status().st_mtime_ns):
+                return holds_all(opened, mark) and is_dated(opened, mark.offset)
+            # To inflate all would only confirm the time. If nothing was in a .gz, it has
+            # no first bytes.
             is_empty = mark.head_size == 0 and not opened.at(0, 1)
-            return not is_other and (is_empty or has_head(opened, mark))
+            return is_empty or has_head(opened, mark)
         if not holds_place(opened, mark):
             return False
+        if opened.is_gzip:
+            return True
         if mark.is_rotated and entry.path == self.path and not is_dated(opened, mark.offset):
             # A rotated file does not get its name back: the inode was used again.
             return False
@@ -15597,7 +15627,8 @@ class Log:
         for file in alike:
             if self._replaces(opened, file, entry, stock):
                 return self._go_on_in(file, opened, entry, stock)
-        if any(is_dated(opened, file.mark.offset) for file in alike):
+        is_there = any(file.mark.number in stock.claimed for file in alike)
+        if is_there and is_dated(opened, FILE_READ_BYTES):
             return False
         if self._may_be_decided_later(opened, alike, entry, stock):
             self._undecided.add(entry.path)
@@ -15624,12 +15655,20 @@ class Log:
         mark = file.mark
         if mark.number in stock.claimed:
             return False
-        if is_dated(opened, max(mark.offset, mark.head_size)):
+        size = max(mark.offset, mark.head_size)
+        if is_dated(opened, size):
             return True
         if entry.path == self.path or mark.inode == 0 or not stock.is_settled:
             return False
         was_truncated = mark.inode in stock.inodes
-        return was_truncated or (opened.is_gzip and not mark.is_gzip)
+        was_compressed = opened.is_gzip and not mark.is_gzip
+        if not was_truncated and not was_compressed:
+            return False
+        # While nobody looked, its inode may have come to another file, or it may have been
+        # removed. Then something must tell of the time.
+        if not self._is_starting or tells_time(opened, size):
+            return True
+        return was_compressed and is_same_second(opened.status(), mark)
 
     def _may_be_decided_later(
         self, opened: LogBytes, alike: Sequence[LogFile], entry: _Entry, stock: _Stock
@@ -15642,8 +15681,10 @@ class Log:
             return True
         if alike and not stock.is_settled:
             return True
-        is_candidate = opened.is_gzip or self._current in alike
-        if not (alike and is_candidate) and opened.at(0, 1):
+        is_empty = not opened.at(0, 1)
+        is_copy_of_present = self._current in alike
+        is_copy_in_gzip = opened.is_gzip and bool(alike)
+        if not (is_empty or is_copy_of_present or is_copy_in_gzip):
             return False
         return time.time() - opened.status().st_ctime < self._limits.copy_s
 
@@ -15744,7 +15785,7 @@ class Log:
         """
         kept: List[LogFile] = []
         for index, file in enumerate(self._files):
-            is_there = file.mark.inode in stock.inodes and not file.is_lost
+            is_there = file.mark.number in stock.claimed
             if file.bytes is not None or file.is_waiting or is_there:
                 kept.append(file)
                 continue

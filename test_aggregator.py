@@ -15781,6 +15781,44 @@ def test_equal_lines_are_counted_right_where_their_copy_was_compressed(log):
     assert not set(again.ids) & set(reading.ids)
 
 
+@pytest.mark.parametrize("is_original", [True, False])
+def test_a_gzip_without_times_that_came_while_nobody_looked_is_known_by_its_time(log, is_original):
+    log.write_text("job done\n")
+    reading = LogReading(log).look()
+    reading.read()
+    rotate(log, 1, "other\n")
+    if not is_original:
+        write_anew(log.with_name("app.log.1"), "job done\n")
+    compress(f"{log}.1")
+    expected = ["other"] if is_original else ["job done", "other"]
+    assert reading.again().read() == expected
+
+
+@with_cases(
+    "line, is_copy",
+    {
+        "no time": ("GET / 200\n", False),
+        "a clock alone": ("at 10:00:00\n", False),
+        "a web server's": ('1.2.3.4 - - [27/Nov/2026:21:50:46 +0000] "GET /"\n', True),
+        "JSON": ('{"level":"info","time":"2026-11-27T21:50:46Z"}\n', True),
+        "syslog": ("Nov 27 21:50:46 host\n", True),
+    },
+)
+def test_a_copy_that_came_while_nobody_looked_is_one_only_if_its_lines_tell_a_time(
+    log, capsys, line, is_copy
+):
+    log.write_text(line)
+    reading = LogReading(log).look()
+    reading.read()
+    append(log, "two\n")
+    copy_and_truncate(log, f"{log}.1")
+    append(log, "three, which is longer than all that was there before: " + "x" * 80 + "\n")
+    found = reading.again().read()
+    assert found[-2] == "two"
+    assert (found[0] == line.strip()) != is_copy
+    assert ("although" in capsys.readouterr().err) != is_copy
+
+
 def write_anew(log, text):
     """The same file with other lines, a second later by its clock."""
     log.write_text(text)
