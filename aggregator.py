@@ -15999,6 +15999,8 @@ class Log:
     def _open_waiting(self, file: LogFile) -> None:
         """Find a file again whose turn has come. Raises OSError."""
         file.is_waiting = False
+        if self._open_where_it_was(file):
+            return
         self._is_settled = False
         self.look()
         if file.bytes is not None:
@@ -16008,6 +16010,14 @@ class Log:
             return
         missing = f"{file.seen_size:,} bytes are missing"
         self._give_up(file, f"was removed before it was read: {missing}")
+
+    def _open_where_it_was(self, file: LogFile) -> bool:
+        """Whether a closed file has the name yet that it had, and is open now."""
+        with contextlib.suppress(OSError):
+            entry = _Entry(file.path, os.stat(file.path))
+            if entry.status.st_ino == file.mark.inode:
+                return self._reopen_as(file, entry)
+        return False
 
     def _give_up(self, file: LogFile, reason: str) -> None:
         """Leave a file that will never be read, and say so."""
