@@ -14896,7 +14896,8 @@ class LineEvents:
 # with the same bytes within a second. To call one of them a copy would lose its lines. So
 # content is proof only if it can have been written just once: if its lines have two
 # different times, or one that tells microseconds. For a file begins after the one before
-# has ended. Without that proof a file is a copy only if its original
+# has ended, and no rotation is done within a microsecond. Without that proof a file is a
+# copy only if its original
 #
 #   * was truncated: that is how copying rotates; or
 #   * is gone, and the copy is compressed: that is how compressing rotates.
@@ -14930,7 +14931,7 @@ class Mark(NamedTuple):
     start: str = ""
     anchor: str = ""
     is_gzip: bool = False
-    # It had the name of the log, and has it no more.
+    # Its name is not that of the log, or no more.
     is_rotated: bool = False
     # Never to be read again: a .gz that was read, or no text, or older than the log.
     done: bool = False
@@ -15467,6 +15468,7 @@ class Log:
             file.close()
         self._files = [LogFile(mark) for mark in self._marks]
         self._current = None
+        self._doubtful = {}
         self.failures = []
 
     def trouble(self) -> str:
