@@ -14568,8 +14568,6 @@ def cut_lines(data: bytes, longest: int, final: bool) -> List[bytes]:
     >>> cut_lines("caf\u00e9s\n".encode(), 4, final=True)
     [b'caf', b'\xc3\xa9s\n']
     """
-    import io
-
     pieces = io.BytesIO(data).readlines()
     if pieces and max(map(len, pieces)) > longest:
         pieces = _cut_long_lines(pieces, longest)
@@ -15062,8 +15060,6 @@ class LogBytes:
     """The bytes of one regular file; of gzip, the inflated ones. All raise OSError."""
 
     def __init__(self, path: str) -> None:
-        import stat
-
         # The name may be a pipe's by now: opening it must not wait for a writer.
         self._plain: Any = open(path, "rb", buffering=0, opener=_open_at_once)
         self._file: Any = self._plain
@@ -15165,8 +15161,6 @@ def list_log(path: str, inodes: Container[int] = ()) -> List[_Entry]:
     Whoever renames at the same time may hide a file from one listing: its new name was
     asked for too early, and its old one too late.
     """
-    import stat
-
     entries: List[_Entry] = []
     folder_name, name = os.path.split(os.path.realpath(path))
     with os.scandir(folder_name) as folder:
@@ -15201,8 +15195,6 @@ def open_entry(entry: _Entry) -> LogBytes:
     If its name is another file's by now, that is FileNotFoundError: the next listing
     has it under its new name.
     """
-    import stat
-
     mode = entry.status.st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         # Opening a pipe would let its writer go on, and lose what it writes.
@@ -16153,8 +16145,6 @@ def _patience_s(timeout_us: int) -> float:
 
 def _is_stream(name: str) -> bool:
     """Whether this can be read only once: a pipe, a terminal, standard input."""
-    import stat
-
     if name == "-":
         return True
     try:
