@@ -2140,8 +2140,11 @@ def is_half_made(path: str) -> bool:
     without its first eight bytes is none: SQLite would just delete it. Raises
     StoreError.
     """
+    journal = path + "-journal"
     try:
-        with open(path + "-journal", "rb") as file:
+        if not stat.S_ISREG(os.stat(journal).st_mode):
+            raise StoreError(f"{journal} is not a regular file: remove it")
+        with open(journal, "rb") as file:
             match = _JOURNAL_HEADER.match(file.read(28))
     except FileNotFoundError:
         return False
@@ -3247,28 +3250,38 @@ class Store:
     # the page that is unused. In a store that lived under retention, 2 of 5,000 events
     # had such a copy. A copy made by `copy_store` has none.
 
-    def erase_event(self, topic: str, event_id: str) -> Optional[int]:
+    def erase_event(
+        self, topic: str, event_id: str, through_seq: Optional[int] = None
+    ) -> Optional[int]:
         """Erase one event and keep its tombstone.
 
         Returns how many events that were, 0 if it had gone before, or None if this
-        identity was never seen. Raises StoreFailed.
+        identity was never seen, or not up to `through_seq`. Raises StoreFailed.
         """
         seq = self.locate(topic, event_id)
-        if seq is None:
+        if seq is None or (through_seq is not None and seq > through_seq):
             return None
         return self.erase([seq])
 
-    def begin_erasing(self, topic: str, prefix: bool, until_us: Optional[int]) -> "Erasure":
+    def begin_erasing(
+        self,
+        topic: str,
+        prefix: bool,
+        until_us: Optional[int],
+        through_seq: Optional[int] = None,
+    ) -> "Erasure":
         """Plan to erase events of a topic, or of all topics that begin so.
 
-        `until_us` spares events of that instant and later. Events that are stored after
-        this call are spared, too, or a busy topic would keep the work from ending.
-        Raises StoreFailed.
+        `until_us` spares events of that instant and later, `through_seq` those of a
+        higher seq. Events that are stored after this call are spared, too, or a busy
+        topic would keep the work from ending. Raises StoreFailed.
         """
         # The listing knows the events of a topic, so it has to be complete.
         self.complete_sorted_tables()
         last = last_topic_of(topic) if prefix else topic
-        return Erasure(topic, last, until_us, self.last_seq)
+        if through_seq is None or through_seq > self.last_seq:
+            through_seq = self.last_seq
+        return Erasure(topic, last, until_us, through_seq)
 
     def go_on_erasing(self, erasure: "Erasure") -> "Erasure":
         """Erase some events, the oldest of the next topics; how far it has come.
@@ -3429,10 +3442,11 @@ class Store:
             return ""
         size = f"{self.path}-wal has {wal_bytes >> 20} MB"
         try:
-            _, frames, written = self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            # Busy if another program is at this very work; the two others are -1 then.
+            busy, frames, written = self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except sqlite3.Error as error:
             raise StoreFailed(f"{size} and cannot be written back to the file: {error}")
-        if written == frames:
+        if not busy and written == frames:
             self._wal_written_bytes = wal_bytes
         elif wal_bytes > self._settings.wal_warn_bytes:
             return f"{size}: end the program that is reading the store"
@@ -5202,6 +5216,7 @@ class _Batch(NamedTuple):
     records: List[Record]
     size: int  # bytes of the body
     done: "Optional[asyncio.Future[Receipt]]"  # None: the publisher does not wait
+    queued_s: float  # when it came, by the loop's clock
 
 
 # What a call in another thread returns.
@@ -5357,7 +5372,7 @@ class Pipeline:
         # No await between the check and the put: no other publisher can come between.
         done = self._loop.create_future() if wait else None
         records = [record_of(event) for event in events]
-        self._queue.put_nowait(_Batch(records, size, done))
+        self._queue.put_nowait(_Batch(records, size, done, self._loop.time()))
         self._waiting_events += count
         self._waiting_bytes += size
         self._taken += count
@@ -5687,9 +5702,11 @@ class Pipeline:
 
     # ---- Erasing ----
 
-    async def erase_event(self, topic: str, event_id: str) -> Optional[int]:
+    async def erase_event(
+        self, topic: str, event_id: str, through_seq: Optional[int] = None
+    ) -> Optional[int]:
         """Erase one event, see `Store.erase_event`. Raises StoreFailed."""
-        erased = await self._ask_writer(self._store.erase_event, topic, event_id)
+        erased = await self._ask_writer(self._store.erase_event, topic, event_id, through_seq)
         if erased is not None:
             self._forget_payloads(
                 lambda record: (record.topic, record.event_id) == (topic, event_id)
@@ -5697,12 +5714,20 @@ class Pipeline:
             await self._scrub_patiently()
         return erased
 
-    async def erase_matching(self, topic: str, prefix: bool, until_us: Optional[int]) -> int:
+    async def erase_matching(
+        self,
+        topic: str,
+        prefix: bool,
+        until_us: Optional[int],
+        through_seq: Optional[int] = None,
+    ) -> int:
         """Erase the events of a topic or of all that begin so; how many it was.
 
-        Commits get in between the steps. Raises StoreFailed; then some may be erased.
+        See `Store.begin_erasing`. Commits get in between the steps. Raises StoreFailed;
+        then some may be erased.
         """
-        erasure = await self._ask_writer(self._store.begin_erasing, topic, prefix, until_us)
+        plan = self._store.begin_erasing
+        erasure = await self._ask_writer(plan, topic, prefix, until_us, through_seq)
         while not erasure.is_done:
             if self._stopping:
                 raise Stopping("the service is stopping: ask again for what is left")
@@ -17111,7 +17136,7 @@ EVENT_TYPES = frozenset(
     (str, str, int, str, str, sequence_type) for sequence_type in (int, NONE_TYPE)
 )
 ERASURE_TYPES = frozenset(
-    (str, id_type, bool, until_type)
+    (str, int, id_type, bool, until_type)
     for id_type in (str, NONE_TYPE)
     for until_type in (int, NONE_TYPE)
 )
@@ -18084,9 +18109,14 @@ class PostgresLog:
 
 
 class EraseOrder(NamedTuple):
-    """A request to erase: one event, or what a topic held before an instant."""
+    """A request to erase: one event, or what a topic held before an instant.
+
+    `through_seq` is the newest seq when it was made: the order may come into the log
+    long after it was answered with a 503, and must not erase what was stored since.
+    """
 
     topic: str
+    through_seq: int
     event_id: Optional[str] = None  # None: all events that match the rest
     prefix: bool = False  # all topics that begin so
     until_us: Optional[int] = None
@@ -18251,7 +18281,7 @@ class ReplicatedPipeline(Pipeline):
         self._append_lock = asyncio.Lock()
         # Set by an append, and by who wants to catch up; the follower waits for it.
         self._news_from_log = asyncio.Event()
-        self._catching_up: List[asyncio.Future[None]] = []
+        self._catching_up: List[asyncio.Future[bool]] = []
         # Why something fails, by "append", "read" and "apply".
         self._log_troubles: Dict[str, Trouble] = {}
         # Why this node takes nothing more at all.
@@ -18403,6 +18433,7 @@ class ReplicatedPipeline(Pipeline):
                 # Nobody waits for a probe, so a slow log gets the time that it needs.
                 last_try_s = self._log_limits.answer_s
             try:
+                self._refuse_to_wait_longer(group)
                 ends_s = max(
                     self._away_since_s() + self._log_limits.give_up_s, began_s + last_try_s
                 )
@@ -18413,6 +18444,18 @@ class ReplicatedPipeline(Pipeline):
             if appended is not None and appended.position > self._mark.position:
                 self._own[appended.position] = _OwnEntry(number, appended.chain, body)
                 self._news_from_log.set()
+
+    def _refuse_to_wait_longer(self, group: List[_Batch]) -> None:
+        """Raise LogUnavailable for a group that waited its time behind others.
+
+        While the log takes no entries, each group ahead of it has had its own time.
+        """
+        trouble = self._log_troubles.get("append")
+        if trouble is None or not group:
+            return
+        waited_s = self._loop.time() - min(batch.queued_s for batch in group)
+        if waited_s >= self._log_limits.give_up_s:
+            raise LogUnavailable(f"the log takes no entries: {trouble.reason}. Send it again")
 
     def _away_since_s(self) -> float:
         """Since when the log does not do all that it should; now, if it does."""
@@ -18516,10 +18559,10 @@ class ReplicatedPipeline(Pipeline):
                     continue
                 await self._trim_now_and_then()
                 self._log_troubles.pop("read", None)
-                self._let_go(waiting)
+                self._let_go(waiting, is_level=True)
                 await self._wait_for_log()
             except LogRefused as error:
-                self._let_go(waiting)
+                self._let_go(waiting, is_level=False)
                 self._take_nothing_more(str(error))
                 # Ending would look like a bug. This task waits to be cancelled.
                 await self._loop.create_future()
@@ -18527,7 +18570,7 @@ class ReplicatedPipeline(Pipeline):
                 # Whatever it is, the next try may go through.
                 part = "read" if isinstance(error, LogUnavailable) else "apply"
                 self._note_log_trouble(part, error, began_s)
-                self._let_go(waiting)
+                self._let_go(waiting, is_level=False)
                 await asyncio.sleep(self._log_limits.retry_s)
 
     async def _follow_once(self, must_read: bool) -> bool:
@@ -18758,9 +18801,11 @@ class ReplicatedPipeline(Pipeline):
         """Erase, then move the mark. A crash in between erases once more, in vain."""
         erased: Optional[int]
         if order.event_id is not None:
-            erased = await super().erase_event(order.topic, order.event_id)
+            erased = await super().erase_event(order.topic, order.event_id, order.through_seq)
         else:
-            erased = await super().erase_matching(order.topic, order.prefix, order.until_us)
+            erased = await super().erase_matching(
+                order.topic, order.prefix, order.until_us, order.through_seq
+            )
         await self._apply([], [step], {step.entry.writer: step.entry.number})
         if step.waiting is not None:
             taken.remove(step.waiting)
@@ -18802,24 +18847,25 @@ class ReplicatedPipeline(Pipeline):
 
     # ---- Reading ----
 
-    async def catch_up(self) -> None:
+    async def catch_up(self) -> bool:
         """Return when this node has applied what the log held at the call.
 
-        If the log is out of reach, return at once or after a moment: the answer is then
-        as old as `stats` says.
+        If the log is out of reach, return False at once or after a moment: the answer
+        is then as old as `stats` says.
         """
         if self._log_troubles:
-            return
-        caught_up = self._loop.create_future()
+            return False
+        caught_up: asyncio.Future[bool] = self._loop.create_future()
         self._catching_up.append(caught_up)
         self._news_from_log.set()
-        await asyncio.wait([caught_up], timeout=self._log_limits.catch_up_s)
+        done, _ = await asyncio.wait([caught_up], timeout=self._log_limits.catch_up_s)
+        return bool(done) and caught_up.result()
 
-    def _let_go(self, waiting: "List[asyncio.Future[None]]") -> None:
+    def _let_go(self, waiting: "List[asyncio.Future[bool]]", is_level: bool) -> None:
         """Tell those who wait to catch up that they need not wait longer."""
         for caught_up in waiting:
             if not caught_up.done():
-                caught_up.set_result(None)
+                caught_up.set_result(is_level)
 
     async def event(self, topic: str, event_id: str) -> Tuple[Optional[int], Optional[str]]:
         """See Pipeline.event. An event that another node has just taken is found."""
@@ -18860,14 +18906,35 @@ class ReplicatedPipeline(Pipeline):
 
     # ---- Erasing ----
 
-    async def erase_event(self, topic: str, event_id: str) -> Optional[int]:
+    async def erase_event(
+        self, topic: str, event_id: str, through_seq: Optional[int] = None
+    ) -> Optional[int]:
         """Erase one event on every node; see Pipeline.erase_event."""
-        return await self._erase_everywhere(EraseOrder(topic, event_id))
+        if through_seq is None:
+            through_seq = await self._newest_seq_of_all()
+        return await self._erase_everywhere(EraseOrder(topic, through_seq, event_id))
 
-    async def erase_matching(self, topic: str, prefix: bool, until_us: Optional[int]) -> int:
+    async def erase_matching(
+        self,
+        topic: str,
+        prefix: bool,
+        until_us: Optional[int],
+        through_seq: Optional[int] = None,
+    ) -> int:
         """Erase events on every node; see Pipeline.erase_matching."""
-        erased = await self._erase_everywhere(EraseOrder(topic, None, prefix, until_us))
-        return erased or 0
+        if through_seq is None:
+            through_seq = await self._newest_seq_of_all()
+        order = EraseOrder(topic, through_seq, None, prefix, until_us)
+        return await self._erase_everywhere(order) or 0
+
+    async def _newest_seq_of_all(self) -> int:
+        """The newest seq in the log. Raises LogUnavailable if that cannot be known.
+
+        What any node has acknowledged by now is to be erased, and nothing later.
+        """
+        if not await self.catch_up():
+            raise LogUnavailable("this node is behind the log, and cannot say what to erase")
+        return self.newest_seq
 
     async def _erase_everywhere(self, order: EraseOrder) -> Optional[int]:
         """Put an order into the log; what it erased here, once it is applied here."""
