@@ -13746,7 +13746,8 @@ FILE_POLL_S = 0.2
 # Seconds without a new line after which a rotated file gives way to the next: its
 # writer goes on with it until it is told of the rotation.
 ROTATED_QUIET_S = 1.0
-# Seconds that a rotated file which was read to its end is kept open for late lines.
+# Seconds that a file which was removed is kept open for late lines, after it was read to
+# its end.
 ROTATED_KEPT_S = 60.0
 # Seconds for which a rotated file that is still written to may hold up the next one. Then
 # both are read.
@@ -14994,8 +14995,11 @@ def holds_place(file: Any, mark: Mark) -> bool:
 
 
 def holds_all(file: Any, mark: Mark) -> bool:
-    """Whether a file begins with all that was read of the one of `mark`."""
-    if mark.head_size == 0 or not holds_place(file, mark):
+    """Whether a file begins with all that was read of the one of `mark`.
+
+    If nothing was read of it, then nothing tells it from others with the same head.
+    """
+    if mark.offset == 0 or mark.head_size == 0 or not holds_place(file, mark):
         return False
     if mark.crc is None:
         return True
@@ -15007,6 +15011,11 @@ def holds_all(file: Any, mark: Mark) -> bool:
         crc = zlib.crc32(data, crc)
         offset += len(data)
     return crc == mark.crc
+
+
+def ends_at(file: Any, size: int) -> bool:
+    """Whether a file has so many bytes."""
+    return len(file.at(max(0, size - 1), 2)) == min(1, size)
 
 
 def begins_with(file: Any, other: Any) -> bool:
@@ -15178,6 +15187,11 @@ class _Entry(NamedTuple):
         return self.status.st_mtime_ns, count, self.path
 
 
+def is_named_after(path: str, log: str) -> bool:
+    """Whether a file has the name of a log as rotation changes it."""
+    return rotated_from(os.path.basename(path)) == os.path.basename(os.path.realpath(log))
+
+
 def list_log(path: str, inodes: Container[int] = ()) -> List[_Entry]:
     """The files of a log, the oldest first and the present one last. Raises OSError.
 
@@ -15192,7 +15206,7 @@ def list_log(path: str, inodes: Container[int] = ()) -> List[_Entry]:
         for entry in folder:
             if entry.name == name:
                 continue
-            if rotated_from(entry.name) != name and entry.inode() not in inodes:
+            if not is_named_after(entry.path, path) and entry.inode() not in inodes:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
@@ -15258,6 +15272,7 @@ class LogFile:
         self.is_lost = False
         self.is_overwritten = False
         self.seen_size = 0
+        self.seen_mtime_ns = 0
         # When something new was read last, when the file was found under a rotated
         # name, and when the hole at the place was seen first.
         self.read_s = time.monotonic()
@@ -15322,6 +15337,17 @@ class LogFile:
         self.note_time()
         return False
 
+    def may_be_another(self) -> bool:
+        """Whether an open file of which nothing was read was written since this was asked.
+
+        If it was copied, truncated and filled again, only the copy beside it tells.
+        """
+        assert self.bytes is not None
+        if self.mark.offset > 0:
+            return False
+        before, self.seen_mtime_ns = self.seen_mtime_ns, self.bytes.status().st_mtime_ns
+        return before != self.seen_mtime_ns
+
     def note_time(self) -> None:
         """Remember the time of an open file that ends where we stand."""
         assert self.bytes is not None
@@ -15350,6 +15376,11 @@ class LogFile:
         if self.bytes is not None:
             idle_s = max(idle_s, time.time() - self.bytes.status().st_mtime)
         return idle_s
+
+    def is_removed(self) -> bool:
+        """Whether the open file has no name any more: it takes room until it is closed."""
+        assert self.bytes is not None
+        return self.bytes.status().st_nlink == 0
 
     def is_unread(self) -> bool:
         """Whether the open file may hold more than was read."""
@@ -15399,6 +15430,8 @@ class Log:
         self.path = path
         # What could not be read; of a log that is not followed.
         self.failures: List[str] = []
+        # What the thread that looks has ended of.
+        self.bug = ""
         self._lines = lines
         self._limits = limits
         self._name = f"{lines.source} {log_name(path)}"
@@ -15426,6 +15459,8 @@ class Log:
         self._unopened: Dict[str, str] = {}
         # Files that may be copies that are being made: the next look decides.
         self._undecided: Set[str] = set()
+        # Files that were there before the log was followed, by path.
+        self._older: Set[str] = set()
         # Files that may be copies and are read as new ones: their sizes, by path.
         self._doubtful: Dict[str, int] = {}
 
@@ -15454,6 +15489,21 @@ class Log:
             if self._is_settled and not self._unopened and not self._undecided:
                 self._forget_gone(stock)
             self._tell_the_doubtful()
+
+    def look_until_settled(self) -> None:
+        """Look until every file is explained, or time is up. Raises OSError.
+
+        A file that is just being copied or compressed is explained a moment later.
+        """
+        end_s = time.monotonic() + 2 * self._limits.copy_s
+        self.look()
+        while self._undecided or not self._is_settled:
+            if time.monotonic() >= end_s:
+                names = ", ".join(sorted(self._undecided)) or self.path
+                self.failures.append(f"{names}: is being changed, and left for the next run")
+                return
+            time.sleep(self._limits.copy_s / 10)
+            self.look()
 
     def _list(self) -> _Stock:
         """The files of the log, or its present one alone. Raises OSError.
@@ -15506,7 +15556,7 @@ class Log:
             return False
         if current is None or current.bytes is None:
             return False
-        if current.is_torn(self._limits.rewritten_s):
+        if current.is_torn(self._limits.rewritten_s) or current.may_be_another():
             return False
         try:
             return os.path.samestat(os.stat(self.path), current.bytes.status())
@@ -15520,7 +15570,7 @@ class Log:
         the present one, as the others may be copies of it.
         """
         self._unopened = {}
-        self._undecided = set()
+        undecided, self._undecided = self._undecided, set()
         self._renamed = False
         current, self._current = self._current, None
         if current is not None and current.is_torn(self._limits.rewritten_s):
@@ -15528,11 +15578,12 @@ class Log:
         unknown: List[_Entry] = []
         for entry in stock.entries:
             file = self._claim(entry)
-            if file is None:
-                unknown.append(entry)
-            else:
+            if file is not None:
                 stock.claimed.add(file.mark.number)
-        older = self._older_entries(stock)
+            elif entry.path == self.path or is_named_after(entry.path, self.path):
+                unknown.append(entry)
+            # Else another program's file has the inode of one of ours that is gone.
+        older = self._older_entries(stock, undecided)
         unknown.sort(key=lambda entry: entry.path != self.path)
         for entry in unknown:
             try:
@@ -15585,13 +15636,18 @@ class Log:
         return None
 
     def _reopen_as(self, file: LogFile, entry: _Entry) -> bool:
-        """Whether a closed file is this one. It is opened if there is more to read."""
+        """Whether a closed file is this one.
+
+        It is opened if there is more to read, or if there may be, as long as the log is
+        followed: the writer of a rotated file may come back to it.
+        """
         opened = open_entry(entry)
         if not self._is_still(opened, file.mark, entry):
             opened.close()
             return False
         has_more = opened.is_gzip or entry.status.st_size > file.mark.offset
-        is_wanted = has_more and not file.mark.done and not file.is_waiting
+        is_wanted = has_more or self._follows
+        is_wanted = is_wanted and not file.mark.done and not file.is_waiting
         if is_wanted or entry.path == self.path:
             file.open(opened, entry.path)
         else:
@@ -15601,6 +15657,9 @@ class Log:
 
     def _is_still(self, opened: LogBytes, mark: Mark, entry: _Entry) -> bool:
         """Whether a file that has the inode of `mark` is that file. Raises OSError."""
+        if mark.is_rotated and entry.path == self.path and not is_dated(opened, mark.offset):
+            # A rotated file does not get its name back: the inode was used again.
+            return False
         if mark.done:
             if mark.mtime_ns not in (0, opened.status().st_mtime_ns):
                 return holds_all(opened, mark) and is_dated(opened, mark.offset)
@@ -15612,9 +15671,6 @@ class Log:
             return False
         if opened.is_gzip:
             return True
-        if mark.is_rotated and entry.path == self.path and not is_dated(opened, mark.offset):
-            # A rotated file does not get its name back: the inode was used again.
-            return False
         return not is_rewritten(opened, mark, self._limits.rewritten_s)
 
     def _place_file(self, file: LogFile, entry: _Entry) -> None:
@@ -15664,6 +15720,9 @@ class Log:
             return False
         if file.bytes is not None and not file.bytes.is_gzip:
             return begins_with(file.bytes, opened)
+        if mark.offset == 0 and file.bytes is None and not file.is_lost:
+            # It was closed before anything was read, for want of room.
+            return has_head(opened, mark) and ends_at(opened, file.seen_size)
         if not holds_all(opened, mark):
             return False
         # If it has more than a file that is still there, that is no copy.
@@ -15753,20 +15812,24 @@ class Log:
                 file.is_waiting = file in unread
                 file.close()
 
-    def _older_entries(self, stock: _Stock) -> Set[str]:
+    def _older_entries(self, stock: _Stock, undecided: Set[str]) -> Set[str]:
         """The paths of files that were there before the log was followed.
 
         A log without a place begins with its present file. With a place of an older
         version, which knows one file, it begins there.
         """
         older: Set[str] = set()
-        if self._reads_older or not self._is_starting:
+        if self._reads_older:
             return older
+        if not self._is_starting:
+            # Those that the first look could not decide.
+            return self._older & undecided
         known = {file.path for file in self._files if file.mark.number in stock.claimed}
         for entry in stock.entries:
             if entry.path in known or entry.path == self.path:
                 break
             older.add(entry.path)
+        self._older = older
         return older
 
     def _leave_torn(self, file: LogFile) -> None:
@@ -15818,20 +15881,33 @@ class Log:
     def _tell_what_is_missing(self, file: LogFile) -> None:
         """Say what was seen of a truncated file, and not read."""
         unread = file.seen_size - file.mark.offset
-        if file.is_lost and unread > 0 and not file.mark.done:
+        if file.is_lost and unread > 0 and not file.mark.done and not self._is_in_copy(file):
             _tell(
                 f"{self.path} was truncated, and there is no copy: it was read up to byte"
                 f" {file.mark.offset:,}, and {unread:,} bytes that were seen behind are missing"
             )
 
+    def _is_in_copy(self, file: LogFile) -> bool:
+        """Whether a file of which nothing was read may be another one by now."""
+        if file.mark.offset > 0:
+            return False
+        for other in self.open_files():
+            assert other.bytes is not None
+            if other.seen_size >= file.seen_size and has_head(other.bytes, file.mark):
+                return True
+        return False
+
     # -- reading them --
 
     def read(self) -> Optional[Batch]:
-        """The next events and the place behind them; None: nothing new. Raises OSError.
+        """The next events and the place behind them; None: nothing new.
 
         A file gives way to the next when it was renamed and its writer is done with it,
         or goes on for too long. It stays open for late lines, which come first again.
+        Raises OSError, and ClientError if nobody looks for files any more.
         """
+        if self.bug:
+            raise ClientError(f"{self.path}: a bug while looking for its files: {self.bug}")
         with self._lock:
             if self._has_new_place:
                 self._has_new_place = False
@@ -15866,8 +15942,8 @@ class Log:
     def unread(self, place: Any) -> int:
         """Bytes of the log that are behind a place of ours."""
         offsets: Dict[int, int] = {}
-        for saved in (place or {}).get("files", ()):
-            offsets[saved["number"]] = saved["offset"]
+        for mark in read_marks(place):
+            offsets[mark.number] = mark.offset
         with self._lock:
             count = 0
             for file in self._files:
@@ -16000,7 +16076,8 @@ class Log:
             file.note_time()
             file.mark = file.mark._replace(done=True)
             file.close()
-        elif file.idle_s() >= self._limits.kept_s:
+        elif file.idle_s() >= self._limits.kept_s and file.is_removed():
+            # As long as it has a name, its writer may come back to it.
             file.close()
 
     def _leave_unreadable(self, file: LogFile, error: OSError) -> None:
@@ -16212,7 +16289,7 @@ def _batches_of_files(
 
 def _read_to_the_end(log: Log, failures: List[str]) -> Iterator[Batch]:
     """What a log holds now. Raises OSError."""
-    log.look()
+    log.look_until_settled()
     while True:
         batch = log.read()
         if batch is None:
@@ -16343,14 +16420,23 @@ def _batches_of_log(
 
 def _watch(log: Log, limits: ClientLimits, report: Report) -> None:
     """A thread: look at a followed log for ever."""
-    while True:
-        try:
-            log.look()
-            trouble = log.trouble()
-        except OSError as error:
-            trouble = _reason(error)
-        report.waits(trouble, "file")
-        time.sleep(limits.poll_s)
+    try:
+        while True:
+            report.waits(_look_once(log), "file")
+            time.sleep(limits.poll_s)
+    except Exception as error:
+        # A bug. To go on without looking would be to miss every rotation in silence.
+        log.bug = repr(error)
+        raise
+
+
+def _look_once(log: Log) -> str:
+    """Look for what has come; the trouble with that, or ""."""
+    try:
+        log.look()
+        return log.trouble()
+    except OSError as error:
+        return _reason(error)
 
 
 def read_marks(place: Any) -> List[Mark]:

@@ -15959,6 +15959,141 @@ def test_a_rotated_file_that_is_still_written_to_holds_up_the_next_for_a_while_o
     assert reading.read() == ["half"]
 
 
+@with_cases("is_restarted", {"while it is followed": False, "after a restart": True})
+def test_a_writer_that_comes_back_to_a_rotated_file_is_read(log, is_restarted):
+    limits = FAST._replace(kept_s=0)
+    reading = LogReading(log, limits=limits).look()
+    rotate(log, 1, numbered(2, 3))
+    assert line_numbers(reading.look().read()) == [0, 2]
+    assert reading.look().read() == []
+    if is_restarted:
+        reading = reading.again(limits=limits)
+    append(f"{log}.1", numbered(1, 2))
+    assert line_numbers(reading.look().read()) == [1]
+
+
+def test_a_removed_file_is_closed_after_a_while(log):
+    reading = LogReading(log, limits=FAST._replace(kept_s=0)).look()
+    rotate(log, 1, numbered(1, 2))
+    assert line_numbers(reading.look().read()) == [0, 1]
+    os.remove(f"{log}.1")
+    rotate(log, 2, numbered(2, 3))
+    assert line_numbers(reading.look().read()) == [2]
+    assert reading.read() == []
+    assert len(reading.log.open_files()) == 2
+
+
+def test_the_file_of_another_log_that_took_an_inode_is_not_read(log):
+    reading = LogReading(log).look()
+    rotate(log, 1, numbered(1, 2))
+    assert line_numbers(reading.look().read()) == [0, 1]
+    other = log.parent / "other.log"
+    os.rename(f"{log}.1", str(other))
+    other.write_text("2026-01-01T00:00:00Z a secret\n")
+    assert reading.again().read() == []
+    rotate(log, 2, numbered(2, 3))
+    assert line_numbers(reading.again().read()) == [2]
+
+
+def test_copies_with_one_header_of_files_that_were_not_read_are_read_once_each(log):
+    header = "# " + "x" * 300 + "\n"
+    reading = LogReading(log).look()
+    reading.read()
+    # Nothing is read meanwhile, as when the service is away.
+    for number in range(1, 4):
+        append(log, header + numbered(number, number + 1))
+        reading.look()
+        copy_and_truncate(log, f"{log}.{9 - number}")
+        reading.look()
+    found = [text for text in reading.look().read() if not text.startswith("#")]
+    assert line_numbers(found) == [1, 2, 3]
+    assert len(set(reading.ids)) == len(reading.ids)
+
+
+def test_a_file_that_was_copied_and_filled_again_before_it_was_read_is_in_its_copy(log):
+    header = "# " + "x" * 300 + "\n"
+    reading = LogReading(log).look()
+    reading.read()
+    copy_and_truncate(log, f"{log}.9")
+    append(log, header + numbered(1, 2))
+    reading.look()
+    copy_and_truncate(log, f"{log}.8")
+    append(log, header + numbered(2, 4))
+    found = [text for text in reading.look().read() if not text.startswith("#")]
+    assert line_numbers(found) == [1, 2, 3]
+
+
+def test_a_new_file_with_the_inode_of_one_that_was_left_unread_is_read(log):
+    older = log.parent / "app.log.1"
+    older.write_text("started\n")
+    os.utime(str(older), (1, 1))
+    reading = LogReading(log, reads_older=False, keeps_place=False).look()
+    assert line_numbers(reading.read()) == [0]
+    # As if it were removed, and the next file took its inode.
+    removed = log.parent / "removed"
+    os.rename(str(older), str(removed))
+    os.rename(str(log), str(older))
+    removed.write_text("started\nnew\n")
+    os.rename(str(removed), str(log))
+    assert reading.look().read() == ["started", "new"]
+
+
+def test_a_run_waits_for_a_file_that_is_just_being_compressed(log, tmp_path):
+    header = "# " + "x" * 300 + "\n"
+    limits = FAST._replace(copy_s=0.2)
+    log.write_text(header + numbered(0, 1))
+    place = tmp_path / "place"
+    with Fake(taken) as fake:
+        assert ship(fake.url, log, topic="t", state=place, limits=limits) == 0
+        for number in (1, 2):
+            append(log, numbered(10 * number, 10 * number + 1))
+            rotate(log, 5 - number, header + numbered(number, number + 1))
+            compress(f"{log}.{5 - number}")
+        assert ship(fake.url, log, topic="t", state=place, limits=limits) == 0
+        texts = [event["payload"]["message"] for asked in fake.asked for event in asked]
+    found = [text for text in texts if not text.startswith("#")]
+    assert line_numbers(found)[-4:] == [10, 1, 20, 2]
+
+
+def test_an_older_file_that_could_not_be_decided_at_first_stays_unread(log):
+    older = log.parent / "app.log.1"
+    older.write_text("")
+    limits = FAST._replace(copy_s=60.0)
+    reading = LogReading(log, limits=limits, reads_older=False, keeps_place=False).look()
+    older.write_text("old\n")
+    reading.log._limits = FAST
+    assert line_numbers(reading.look().read()) == [0]
+    assert reading.look().read() == []
+
+
+def test_a_place_of_1_0_0_is_followed_through_a_rotation(log, site, tmp_path):
+    size = os.path.getsize(str(log))
+    last = log.read_bytes()
+    old = [log.stat().st_ino, size, 1, len(last), zlib.crc32(last)]
+    place = tmp_path / "place"
+    place.write_text(json.dumps({"of": str(log), "place": old}))
+    words = ("--url", local(site.port), "--topic", "t", "--follow", "--state", place, log)
+    with Child(tmp_path, "publish", *words) as child:
+        wait_until(lambda: json.loads(place.read_text()).get("follows"))
+        append(log, numbered(1, 2))
+        wait_until(lambda: len(stored(site.port)) == 1)
+        rotate(log, 1, numbered(2, 3))
+        wait_until(lambda: len(stored(site.port)) == 2)
+        assert "Traceback" not in child.said()
+
+
+def test_a_follower_that_can_look_no_more_ends(log, monkeypatch):
+    def fail(*_):
+        raise KeyError("a bug")
+
+    reading = LogReading(log)
+    monkeypatch.setattr(reading.log, "look", fail)
+    with pytest.raises(KeyError):
+        aggregator._watch(reading.log, FAST, aggregator.Report("line"))
+    with pytest.raises(aggregator.ClientError, match="a bug while looking for its files"):
+        reading.log.read()
+
+
 def test_two_files_that_begin_with_the_same_time_are_both_read(log):
     reading = LogReading(log).look()
     reading.read()
