@@ -5892,6 +5892,16 @@ def assert_equal_stores(paths):
         assert broken == []
 
 
+def matches_of(order, kept, firsts):
+    """The identities that an order erases: none that was stored after it was made."""
+    found = set()
+    for topic, name in kept:
+        is_meant = order.topic == topic and order.event_id in (None, name)
+        if is_meant and firsts[topic, name][0] <= order.through_seq:
+            found.add((topic, name))
+    return found
+
+
 def assert_model_agrees(path, entries):
     """A dict that replays the log says the same as a store. Returns its firsts.
 
@@ -5915,11 +5925,8 @@ def assert_model_agrees(path, entries):
             else:
                 duplicates += 1
                 conflicts += firsts[identity][1] != content
-        order = entry.erasure
-        if order is not None and order.event_id is not None:
-            kept.discard((order.topic, order.event_id))
-        elif order is not None:
-            kept = {identity for identity in kept if identity[0] != order.topic}
+        if entry.erasure is not None:
+            kept -= matches_of(entry.erasure, kept, firsts)
     with contextlib.closing(sqlite3.connect(path)) as db:
         stored = db.execute("SELECT topic, event_id, seq, source, payload FROM processed_events")
         found = {(topic, name): (seq, (source, text)) for topic, name, seq, source, text in stored}
