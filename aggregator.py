@@ -15287,7 +15287,9 @@ class LogFile:
         self.is_waiting = False
         self.is_lost = False
         self.is_overwritten = False
-        self.seen_size = opened.status().st_size
+        status = opened.status()
+        self.seen_size = status.st_size
+        self.seen_mtime_ns = status.st_mtime_ns
         self.mark = self.mark._replace(inode=opened.inode, is_gzip=opened.is_gzip)
         self._learn_head(opened)
 
