@@ -1242,7 +1242,9 @@ def main():
     program = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if program is None:
         return print("skipped: there is no chromium")
-    only = sys.argv[1:]
+    # Words of the names of checks: those that run, or with a "-" before, those that do not.
+    only = [word for word in sys.argv[1:] if not word.startswith("-")]
+    without = [word[1:] for word in sys.argv[1:] if word.startswith("-")]
     with tempfile.TemporaryDirectory() as folder:
         AXE = find_axe(folder)
         services = [Service(folder, "open"), Service(folder, "locked", "--token", TOKEN)]
@@ -1251,7 +1253,10 @@ def main():
         browser.open(services[0].url)
         try:
             for name, check in list(globals().items()):
-                if name.startswith("check_") and (not only or any(word in name for word in only)):
+                is_meant = not only or any(word in name for word in only)
+                if any(word in name for word in without):
+                    is_meant = False
+                if name.startswith("check_") and is_meant:
                     start = time.monotonic()
                     print("  ", name[6:].replace("_", " "), flush=True)
                     check(browser, services["token" in name])
