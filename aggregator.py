@@ -19913,6 +19913,7 @@ class LogWriter(logging.Handler):
         self.dropped = 0
         # Somebody waits in `flush`, so the thread does not let lines gather.
         self._in_haste = False
+        self._is_writing = False
         # Daemon: a thread that hangs in a write does not keep the process from ending.
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
 
@@ -19943,8 +19944,12 @@ class LogWriter(logging.Handler):
         with self._changed:
             self._in_haste = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._bytes and not self.dropped, timeout_s)
+            self._changed.wait_for(self._has_written_all, timeout_s)
             self._in_haste = False
+
+    def _has_written_all(self) -> bool:
+        """Whether nothing waits and nothing is being written, be it a notice alone."""
+        return not (self._bytes or self.dropped or self._is_writing)
 
     def _write_all(self) -> None:
         """Write what waits, for ever: the whole work of the thread.
@@ -19960,11 +19965,13 @@ class LogWriter(logging.Handler):
                 self._lines.clear()
                 dropped = self.dropped
                 self.dropped = 0
+                self._is_writing = True
             text = b"".join(lines)
             if dropped:
                 text += self._notice(dropped)
             written = self._write(text)
             with self._changed:
+                self._is_writing = False
                 self._bytes -= sum(map(len, lines))
                 if not written:
                     self.dropped += dropped + len(lines)

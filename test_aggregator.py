@@ -19260,6 +19260,23 @@ def test_a_log_line_that_is_not_utf8_is_written_all_the_same():
     assert piped.read_lines() == ["INFO store caf\\udce9"]
 
 
+def test_flushing_the_log_waits_for_a_notice_that_is_being_written(monkeypatch):
+    piped = PipedLog()
+    begun, gate = threading.Event(), threading.Event()
+    monkeypatch.setattr(piped.writer, "_write", lambda text: begun.set() or gate.wait(15))
+    with piped.writer._changed:
+        piped.writer.dropped = 3
+        piped.writer._changed.notify_all()
+    assert begun.wait(15)
+    flushing = threading.Thread(target=piped.writer.flush, args=(15,))
+    flushing.start()
+    flushing.join(0.05)
+    assert flushing.is_alive()
+    gate.set()
+    flushing.join(15)
+    assert not flushing.is_alive()
+
+
 def test_flushing_the_log_does_not_wait_for_ever():
     piped = PipedLog()
     piped.fill()
