@@ -280,6 +280,7 @@ def check_numbers_without_javascript(browser, service):
     hidden = "getComputedStyle(document.getElementById('publish')).display"
     assert browser.run(hidden) == "none"
     browser.send("Emulation.setScriptExecutionDisabled", value=False)
+    browser.open(service.url)
 
 
 def check_the_first_paint_comes_within_200_ms(browser, service):
