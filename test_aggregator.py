@@ -18206,8 +18206,12 @@ def test_a_base_that_is_on_one_disk_only_is_not_believed(tmp_path):
         # The disk is lost. The next primary has no base, and an empty node comes first.
         log = MemoryLog()
         b = await nodes.start("b", MemoryView(log))
+        # No try is under way: it would have the base of one and the barrier of another.
+        view.reachable = False
+        await until_true(lambda: "unplugged" in str(a._log_troubles))
         view.log = log
         view.quorum = True
+        view.reachable = True
         await until_true(lambda: "the log began from store" in str(a.trouble()))
         assert "copy of another node's store" in await refusal_of(send_numbers(a, 1))
         assert await send_numbers(b, 1) == [("new", 1)]
