@@ -653,8 +653,9 @@ def _has_more_values(text: str, most: int) -> bool:
 
     In each of them, a comma stands between two values. So brackets and commas are as
     many as values inside others, and one more for each empty list or object. Most texts
-    have few of them, and are settled by counting. Else those inside strings must not count,
-    such as the commas of a table: strings stand at every second place between quotes.
+    have few of them, and are settled by counting. Else those inside strings must not
+    count, such as the commas of a table: strings stand at every second place between
+    quotes.
 
     >>> _has_more_values("[1,[2]]", 2), _has_more_values(r'["a,b\",c,d"]', 2)
     (True, False)
@@ -1071,14 +1072,14 @@ def events_from_lines(
 # works through a statement in steps: a step ends with a row of the result, or at the
 # end. `sqlite3` gives up the GIL for each step and has to take it back afterwards.
 # While the event loop is busy, the writer's thread gets the lock back only after a
-# "switch interval": 5 ms, unless the program says otherwise (§15 says 50 µs). All wait in one line
-# behind the slowest, like cars behind a lorry: hence the name. So the number of steps
-# counts, not the work of each: `executemany` over 1,000 rows is 1,000 steps, one INSERT
-# with 1,000 rows of VALUES is one, and a SELECT has a step for each row of its result.
-# Measured beside a thread that computes without a pause, in transactions of 500 rows,
-# rows a second: executemany 338, VALUES 19,104. Therefore groups are written with many
-# rows to the statement, results come back as one JSON value, and recent.ids is a table:
-# what SQL does with it needs no GIL at all.
+# "switch interval": 5 ms, unless the program says otherwise (§15 says 50 µs). All wait
+# in one line behind the slowest, like cars behind a lorry: hence the name. So the
+# number of steps counts, not the work of each: `executemany` over 1,000 rows is 1,000
+# steps, one INSERT with 1,000 rows of VALUES is one, and a SELECT has a step for each
+# row of its result. Measured beside a thread that computes without a pause, in
+# transactions of 500 rows, rows a second: executemany 338, VALUES 19,104. Therefore
+# groups are written with many rows to the statement, results come back as one JSON
+# value, and recent.ids is a table: what SQL does with it needs no GIL at all.
 #
 # Knows §1. Its SQL uses tables that §3 makes; of the log it knows four columns: seq,
 # key, fingerprint, processed_at. Must not know queues, reading or HTTP.
@@ -1444,8 +1445,8 @@ class DedupIndex:
         with 393,216 recent keys a slice holds 1,536 on average: none just after its
         move, and about 3,072 when its turn comes again. So one move, of any slice, is
         needed for every 3,072 new events. For 3,072 new events the formula allows two
-        moves, and one more with each commit. A move is made only while recent.ids is over its
-        limit, so in the long run as much goes out as comes in.
+        moves, and one more with each commit. A move is made only while recent.ids is
+        over its limit, so in the long run as much goes out as comes in.
 
         Tombstones expire here, too, because the pages of the slice are written anyway.
         So none expires in a store that never had more than 393,216 events, however old.
@@ -2175,7 +2176,8 @@ def lock_store(path: str) -> sqlite3.Connection:
     except (sqlite3.Error, OSError) as error:
         if owner is not None:
             owner.close()
-        # The text of an OSError has the path in it, and a folder may be called "locked".
+        # The text of an OSError has the path in it, and a folder may be called
+        # "locked".
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             raise StoreError(
                 f"{path} belongs to another running aggregator: stop that one,"
@@ -2200,7 +2202,8 @@ def make_file(path: str, like: str) -> None:
         descriptor = os.open(path, flags, 0o600)
     except FileExistsError:
         return
-    # Some file systems have no modes, and Windows no fchmod. They have no umask, either.
+    # Some file systems have no modes, and Windows no fchmod. They have no umask,
+    # either.
     with contextlib.suppress(OSError, AttributeError):
         os.fchmod(descriptor, 0o600)
     os.close(descriptor)
@@ -2607,8 +2610,8 @@ class Store:
         group is stored or counted.
 
         It returns after COMMIT: then the group is on the disk, unless the setting
-        `full_sync` is off. `_note_arrivals` runs after COMMIT: if the commit failed, the
-        age limits would hold a time for seqs that other events get later.
+        `full_sync` is off. `_note_arrivals` runs after COMMIT: if the commit failed,
+        the age limits would hold a time for seqs that other events get later.
         """
         now = Moment(now_us, self._monotonic_us())
         with self._transaction():
@@ -3958,7 +3961,8 @@ def copy_store(path: str, target: str) -> StoreCopy:
         with contextlib.closing(connect(path)) as db:
             # Called now and then, so that Python hears a signal in the middle of it.
             db.set_progress_handler(lambda: 0, 100_000)
-            # Bytes, because a name need not be UTF-8, and Python cannot bind such a text.
+            # Bytes, because a name need not be UTF-8, and Python cannot bind such a
+            # text.
             db.execute("VACUUM INTO CAST(:part AS TEXT)", {"part": os.fsencode(part)})
         copied = _check_copy(part)
         sync_file(part)
@@ -13485,8 +13489,8 @@ PAGE_SCRIPT = "".join(
 # A tag that wants a number, and what to divide it by.
 _NUMBER_TAG = re.compile(r'data-n="([a-z_.]+)"(?: data-per="([0-9]+)")?>')
 
-# Characters that cannot be seen, or that turn the direction of others. Names that are not
-# the same must not look the same. The script has the same list.
+# Characters that cannot be seen, or that turn the direction of others. Names that are
+# not the same must not look the same. The script has the same list.
 _UNSEEN = re.compile(
     r"[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\U000e0000-\U000e007f]"
@@ -13746,13 +13750,15 @@ FILE_POLL_S = 0.2
 # Seconds without a new line after which a rotated file gives way to the next: its
 # writer goes on with it until it is told of the rotation.
 ROTATED_QUIET_S = 1.0
-# Seconds that a file which was removed is kept open for late lines, after it was read to
-# its end.
+# Seconds that a file which was removed is kept open for late lines, after it was read
+# to its end. So long a run that is not following leaves a rotated file its unfinished
+# line.
 ROTATED_KEPT_S = 60.0
-# Seconds for which a rotated file that is still written to may hold up the next one. Then
-# both are read.
+# Seconds for which a rotated file that is still written to may hold up the next one.
+# Then both are read.
 ROTATED_HELD_S = 60.0
-# Files of one log that are open at a time. Those beyond are opened when it is their turn.
+# Files of one log that are open at a time. Those beyond are opened when it is their
+# turn.
 OPEN_FILES = 64
 # How often a folder is looked at in a row, until nothing was renamed meanwhile.
 LOOKS_MAX = 10
@@ -13765,8 +13771,8 @@ COPY_FRESH_S = 1.0
 # Seconds to wait before a file whose time changed, but not its size, is called another
 # one: a write sets the time first.
 REWRITTEN_S = 0.5
-# It waits once more as long for each so many bytes that would be read again, and so many
-# times at most.
+# It waits once more as long for each so many bytes that would be read again, and so
+# many times at most.
 REWRITTEN_BYTES = 1024 * 1024
 REWRITTEN_WAITS = 60
 # Files whose marks are kept although they are gone: a later one may begin with the same
@@ -13924,9 +13930,9 @@ class Remote:
     """A service seen over one connection, made anew whenever it breaks.
 
     For one thread at a time. `waits` is told what it waits for, and "" once that is
-    over. After `patience_s` seconds without success a ClientError is raised; no pause and
-    no silence of the service outlasts them. A token in a file is read for each request,
-    so it can be replaced while a follower runs.
+    over. After `patience_s` seconds without success a ClientError is raised; no pause
+    and no silence of the service outlasts them. A token in a file is read for each
+    request, so it can be replaced while a follower runs.
     """
 
     def __init__(
@@ -13967,7 +13973,8 @@ class Remote:
     ) -> Any:
         """The Reply; of a `stream` that begins with 200, the response to read from.
 
-        A broken connection, 408, 429 and 5xx are tried again. Raises ClientError.
+        A broken connection, 408, 429 and 5xx are tried again, but for 501 and 505,
+        which no repetition changes. Raises ClientError.
         """
         end_s = time.monotonic() + self._patience_s
         backoff = _Backoff(self.limits)
@@ -14578,8 +14585,8 @@ def _carry_batch(batch: Batch, remote: Remote, report: Report, follows: bool) ->
 #      line without a time leans on the last line before it that has one. Only the lines
 #      before any time lean on the inode and on the first line of their file.
 #
-# The fifth is used here. Where even it could confuse two files (what they lean on is the
-# same), a nonce tells them apart. For a repeat costs a row, a confusion a line.
+# The fifth is used here. Where even it could confuse two files (what they lean on is
+# the same), a nonce tells them apart. For a repeat costs a row, a confusion a line.
 
 
 def cut_lines(data: bytes, longest: int, final: bool) -> List[bytes]:
@@ -14619,14 +14626,13 @@ def _cut_long_lines(lines: Sequence[bytes], longest: int) -> List[bytes]:
 
 # A time at the start of a line, also in brackets:
 #
-#     2026-11-27T21:50:46.123Z            ISO 8601
-#     2026-11-27 21:50:46,123 +0100       the same with a blank, a comma, an offset
-#     2026-11-27T21:50:46+01              an offset without minutes, if no blank is before
-#     Nov 27 21:50:46                     syslog (RFC 3164 §4.1.2)
-#     [Sun Dec 04 04:47:44.000001 2005]   Apache's error log
+#     2026-11-27T21:50:46.123Z            ISO 8601 2026-11-27 21:50:46,123 +0100
+#     the same with a blank, a comma, an offset 2026-11-27T21:50:46+01              an
+#     offset without minutes, if no blank is before Nov 27 21:50:46
+#     syslog (RFC 3164 §4.1.2) [Sun Dec 04 04:47:44.000001 2005]   Apache's error log
 #
-# Only behind a date with its weekday may there be a year: in `Nov 27 21:50:46 1234 bytes`
-# the number is none.
+# Only behind a date with its weekday may there be a year: in `Nov 27 21:50:46 1234
+# bytes` the number is none.
 _LINE_TIME = re.compile(
     rb"""
     [\[(<"]?
@@ -14917,17 +14923,17 @@ class LineEvents:
 #   * else it is new, and will be read from its start.
 #
 # When does equal content make a copy? A program that repeats itself fills several files
-# with the same bytes within a second. To call one of them a copy would lose its lines. So
-# content is proof only if it can have been written just once: if its lines have two
-# different times, or one that tells microseconds. For a file begins after the one before
-# has ended, and no rotation is done within a microsecond. Without that proof a file is a
-# copy only if its original
+# with the same bytes within a second. To call one of them a copy would lose its lines.
+# So content is proof only if it can have been written just once: if its lines have two
+# different times, or one that tells microseconds. For a file begins after the one
+# before has ended, and no rotation is done within a microsecond. Without that proof a
+# file is a copy only if its original
 #
 #   * was truncated: that is how copying rotates; or
 #   * is gone, and the copy is compressed: that is how compressing rotates.
 #
-# If that happened while nobody looked, a time in the content or of the file must tell of
-# it, too. All others are read as new files, and that is said.
+# If that happened while nobody looked, a time in the content or of the file must tell
+# of it, too. All others are read as new files, and that is said.
 
 
 class Mark(NamedTuple):
@@ -15069,8 +15075,8 @@ def is_rewritten(file: "LogBytes", mark: Mark, wait_s: float) -> bool:
     """Whether a file that holds the place was written anew with the same bytes.
 
     It shows in a time that changed, although the file ends where we stand. But a write
-    sets the time before the size: for `wait_s` seconds one may still be under way. Bytes
-    that can have been written only once were touched, not written.
+    sets the time before the size: for `wait_s` seconds one may still be under way.
+    Bytes that can have been written only once were touched, not written.
     """
     wait_s *= min(REWRITTEN_WAITS, 1 + mark.offset // REWRITTEN_BYTES)
     end_s = time.monotonic() + wait_s
@@ -15665,8 +15671,8 @@ class Log:
         if mark.done:
             if mark.mtime_ns not in (0, opened.status().st_mtime_ns):
                 return holds_all(opened, mark) and is_dated(opened, mark.offset)
-            # To inflate all would only confirm the time. If nothing was in a .gz, it has
-            # no first bytes.
+            # To inflate all would only confirm the time. If nothing was in a .gz, it
+            # has no first bytes.
             is_empty = mark.head_size == 0 and not opened.at(0, 1)
             return is_empty or has_head(opened, mark)
         if not holds_place(opened, mark):
@@ -15744,8 +15750,8 @@ class Log:
         was_compressed = opened.is_gzip and not mark.is_gzip
         if not was_truncated and not was_compressed:
             return False
-        # While nobody looked, its inode may have come to another file, or it may have been
-        # removed. Then something must tell of the time.
+        # While nobody looked, its inode may have come to another file, or it may have
+        # been removed. Then something must tell of the time.
         if not self._is_starting or tells_time(opened, size):
             return True
         return was_compressed and is_same_second(opened.status(), mark)
@@ -16720,7 +16726,7 @@ DRILL_PATIENCE_S = 60.0
 DRILL_PAUSE_S = 0.05
 # Seconds that `health` waits for an answer. The image's HEALTHCHECK waits 8.
 HEALTH_TIMEOUT_S = 5.0
-# Seconds after which a place is too old. Who follows a file writes it every 10.
+# Seconds after which a place is too old. Who follows a file writes it every STATUS_S.
 PLACE_FRESH_S = 60
 # Characters of the longest bar in the histogram of latencies.
 HISTOGRAM_WIDTH = 48
@@ -19049,7 +19055,8 @@ class ReplicatedPipeline(Pipeline):
 
     def _trouble_of_waiting(self) -> Optional[Trouble]:
         """The trouble if an entry has been under way for too long, like a commit."""
-        # They stand in the order of their numbers: the first has waited for the longest.
+        # They stand in the order of their numbers: the first has waited for the
+        # longest.
         oldest = next(iter(self._waiting_for.values()), None)
         if oldest is None:
             return None

@@ -1880,8 +1880,8 @@ SEARCHES = {
 # Helpers of §3: what stands around the file of a store
 # ============================================================================
 
-# A library that is loaded before all others. It makes the N-th write, sync or open of the
-# files of a store fail, once.
+# A library that is loaded before all others. It makes the N-th write, sync or open of
+# the files of a store fail, once.
 FAULTS_C = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -1952,7 +1952,8 @@ int open64(const char *path, int flags, ...) {
 }
 """
 
-# Commits events one by one and in groups, and prints the id of each that was acknowledged.
+# Commits events one by one and in groups, and prints the id of each that was
+# acknowledged.
 FAULTY_WRITER = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -1973,8 +1974,8 @@ for start in range(0, 60, 3):
         print(event.event_id)
 """
 
-# Leaves what a power cut in the middle of making the tables leaves: a hot journal that says
-# "the file was empty", and a file whose pages have not been written.
+# Leaves what a power cut in the middle of making the tables leaves: a hot journal that
+# says "the file was empty", and a file whose pages have not been written.
 HALF_MADE = """
 import os, sqlite3, sys
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -5658,7 +5659,8 @@ class MemoryLog:
         self.rows = []
         self.base = ""
         self.positions = {}
-        # Appends whose bytes something holds: they will come, but nobody waits for them.
+        # Appends whose bytes something holds: they will come, but nobody waits for
+        # them.
         self.held = 0
 
     def add_later(self, delay_s, *entry):
@@ -5905,7 +5907,8 @@ def matches_of(order, kept, firsts):
 def assert_model_agrees(path, entries):
     """A dict that replays the log says the same as a store. Returns its firsts.
 
-    `firsts`: by identity, the seq and the content that came first, also if it is erased.
+    `firsts`: by identity, the seq and the content that came first, also if it is
+    erased.
     """
     firsts = {}
     kept = set()
@@ -7551,7 +7554,8 @@ def readme_units():
 
 
 def test_each_unit_of_the_readme_has_a_folder_of_its_own():
-    # systemd gives the folder, and all in it, to the user of the unit that started last.
+    # systemd gives the folder, and all in it, to the user of the unit that started
+    # last.
     folders = re.findall(r"StateDirectory=([\w-]+)", README)
     assert len(folders) == len(set(folders)) == 3
     for unit in readme_units():
