@@ -16136,6 +16136,10 @@ class Log:
 class UnreadableText(ClientError):
     """What a stream brings is no text; the message says what it is."""
 
+    def __init__(self, message: str, read_bytes: int) -> None:
+        super().__init__(message)
+        self.read_bytes = read_bytes  # what has been read of the stream, and is lost
+
 
 def why_no_text(data: bytes) -> str:
     """Why what begins so cannot be sent as lines; "" if it can.
@@ -16322,10 +16326,14 @@ def _batches_of_open_stream(file: Any, name: str, settings: PublishSettings) -> 
     rest = b""
     while True:
         data = file.read(settings.limits.read_bytes)
+        if not data and not settings.follow:
+            # The last lines may wait long for the service. Who opens a named pipe
+            # meanwhile waits for its next reader, and writes nothing that nobody reads.
+            file.close()
         rest += data
         pieces = cut_lines(rest, longest, final=not data)
         if events.offset == 0 and pieces and why_no_text(rest):
-            raise UnreadableText(f"{name}: {why_no_text(rest)}")
+            raise UnreadableText(f"{name}: {why_no_text(rest)}", len(rest))
         if pieces:
             yield events.of_pieces(pieces)
             rest = rest[sum(map(len, pieces)) :]
@@ -16346,7 +16354,9 @@ def _batches_of_pipe(name: str, settings: PublishSettings, report: Report) -> It
         try:
             _check_pipe(name)
             report.waits("", "read")
-            yield from _batches_of_writer(name, settings)
+            with open(name, "rb", buffering=0, opener=_open_at_once) as file:
+                os.set_blocking(file.fileno(), True)
+                yield from _batches_of_writers(file, name, settings)
         except OSError as error:
             report.waits(_reason(error), "read")
         time.sleep(settings.limits.poll_s)
@@ -16361,31 +16371,45 @@ def _check_pipe(name: str) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
 
 
-def _batches_of_writer(name: str, settings: PublishSettings) -> Iterator[Batch]:
-    """What one writer puts into a named pipe. Raises OSError.
+def _batches_of_writers(file: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
+    """What writers put into an open pipe, until its name is another one's. Raises OSError.
+
+    The pipe stays open between two writers: a writer that has come meanwhile may have
+    written, and to close a pipe is to throw away what it holds. Nobody can open one that
+    has lost its name, so one more reading to the end finds all that was written.
+    """
+    while True:
+        is_the_last = not _is_still_named(file, name)
+        yield from _batches_of_writer(file, name, settings)
+        if is_the_last:
+            return
+        time.sleep(settings.limits.poll_s)
+
+
+def _is_still_named(file: Any, name: str) -> bool:
+    """Whether a name still leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(name), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
+def _batches_of_writer(file: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
+    """What an open pipe holds until nobody has it open for writing. Raises OSError.
 
     If it is no text, all of it is left out. So the next writer does not follow on it.
     """
-    with open(name, "rb", buffering=0, opener=_open_at_once) as file:
-        if not _wait_for_writer(file, name, settings.limits.poll_s):
-            return
-        os.set_blocking(file.fileno(), True)
-        try:
-            yield from _batches_of_open_stream(file, name, settings)
-        except UnreadableText as error:
-            _tell(f"{error}; it is left out")
-            while file.read(settings.limits.read_bytes):
-                pass
-
-
-def _wait_for_writer(file: Any, name: str, poll_s: float) -> bool:
-    """Whether an open pipe has something to read, before its name is another one's."""
-    import select
-
-    while not select.select([file], [], [], poll_s)[0]:
-        if not os.path.samestat(os.stat(name), os.fstat(file.fileno())):
-            return False
-    return True
+    try:
+        yield from _batches_of_open_stream(file, name, settings)
+    except UnreadableText as error:
+        _tell(f"{error}; it is left out")
+        left_out = error.read_bytes
+        while True:
+            data = file.read(settings.limits.read_bytes)
+            if not data:
+                break
+            left_out += len(data)
+        _tell(f"{name}: {left_out:,} bytes were left out")
 
 
 def _batches_of_log(
