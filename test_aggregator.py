@@ -7340,7 +7340,7 @@ LAZY = {
     0: "_md5 importlib.util marshal py_compile",
     8: "hmac",
     9: "socket",
-    12: "gzip http.client random select socket threading urllib.parse",
+    12: "gzip http.client random socket threading urllib.parse",
     13: "random socket subprocess tempfile threading",
     THE_LOG: "binascii hashlib hmac ssl",
     THE_PROGRAM: "resource socket ssl threading",
