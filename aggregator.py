@@ -5128,12 +5128,13 @@ class Growth:
     20.8
     """
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float = DISK_LOOK_S) -> None:
+        self._look_s = look_s
         self._seen: Deque[_DiskUseAt] = deque(maxlen=int(DAY_S / DISK_LOOK_S) + 1)
 
     def is_due(self, now_s: float) -> bool:
         """Whether it is time for another look."""
-        return not self._seen or now_s - self._seen[-1].at_s >= DISK_LOOK_S
+        return not self._seen or now_s - self._seen[-1].at_s >= self._look_s
 
     def add(self, now_s: float, use: DiskUse) -> None:
         """Note what was seen."""

@@ -13336,7 +13336,7 @@ def test_the_command_health_says_what_the_service_warns_of(site):
 
 def test_the_log_says_once_that_the_disk_gets_full(desk, caplog, monkeypatch):
     monkeypatch.setattr(aggregator, "disk_use", lambda path: aggregator.DiskUse(MB, MB, GB))
-    monkeypatch.setattr(aggregator, "DISK_LOOK_S", 0.0)
+    desk.pipeline.growth = aggregator.Growth(look_s=0.0)
     for _ in range(3):
         desk.run(desk.pipeline._watch_disk())
     assert caplog.text.count("DISK GETS FULL - the disk has only 1 MB left") == 1
