@@ -12,6 +12,7 @@ and SOAK_MINUTES. FUZZ_SEED repeats a run of the fuzzing test.
 import ast
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import datetime
 import doctest
@@ -13819,25 +13820,25 @@ ENDLESS = post("Content-Length: 999999")
 ENDLESS_CHUNKS = post("Transfer-Encoding: chunked")
 
 
-@with_cases(
-    "start, trickle, expected",
-    {
-        "head without a line": (b"GET / HT", b"", [408]),
-        "head that grows": (b"GET / HTTP/1.1\r\n", b"A: b\r\n", [408]),
-        "no byte": (b"", b"", []),
-        "empty line": (b"\r\n", b"", []),
-        "body that stops": (ENDLESS + b"{", b"", [408]),
-        "body that trickles": (ENDLESS, b"{", [408]),
-        "chunks that trickle": (ENDLESS_CHUNKS, b"1\r\n \r\n", [408]),
-        "second request that never comes": (HEALTH, b"", [200]),
-        "second head that grows": (HEALTH + b"G", b"E", [200, 408]),
-    },
-)
-def test_a_slow_client_meets_a_deadline_that_it_cannot_renew(open_site, start, trickle, expected):
-    site = open_site(head_s=0.5, body_stall_s=0.5, grace_s=0.7, idle_s=0.5)
+# What a client sends at first, what it adds ten times a second, and the answers.
+SLOW_CLIENTS = {
+    "head without a line": (b"GET / HT", b"", [408]),
+    "head that grows": (b"GET / HTTP/1.1\r\n", b"A: b\r\n", [408]),
+    "no byte": (b"", b"", []),
+    "empty line": (b"\r\n", b"", []),
+    "body that stops": (ENDLESS + b"{", b"", [408]),
+    "body that trickles": (ENDLESS, b"{", [408]),
+    "chunks that trickle": (ENDLESS_CHUNKS, b"1\r\n \r\n", [408]),
+    "second request that never comes": (HEALTH, b"", [200]),
+    "second head that grows": (HEALTH + b"G", b"E", [200, 408]),
+}
+
+
+def trickle_into(port, start, trickle):
+    """Be such a client to the end: the statuses it gets, and how long that took."""
     began = time.monotonic()
     data = b""
-    with contextlib.closing(dial(site.port, start)) as sock:
+    with contextlib.closing(dial(port, start)) as sock:
         sock.settimeout(0.1)
         while time.monotonic() - began < 5:
             try:
@@ -13849,8 +13850,20 @@ def test_a_slow_client_meets_a_deadline_that_it_cannot_renew(open_site, start, t
             if not piece:
                 break
             data += piece
-    assert statuses_of(answers(data)) == expected
-    assert 0.4 < time.monotonic() - began < 3
+    return statuses_of(answers(data)), time.monotonic() - began
+
+
+def test_a_slow_client_meets_a_deadline_that_it_cannot_renew(open_site):
+    site = open_site(head_s=0.5, body_stall_s=0.5, grace_s=0.7, idle_s=0.5)
+    with concurrent.futures.ThreadPoolExecutor(len(SLOW_CLIENTS)) as threads:
+        # All at once, since each only waits.
+        clients = {}
+        for name, (start, trickle, _) in SLOW_CLIENTS.items():
+            clients[name] = threads.submit(trickle_into, site.port, start, trickle)
+    for name, (_, _, expected) in SLOW_CLIENTS.items():
+        statuses, took_s = clients[name].result()
+        assert statuses == expected, name
+        assert 0.4 < took_s < 3, name
 
 
 def publish_megabytes(site, megabytes):
@@ -13878,23 +13891,31 @@ def test_a_client_that_does_not_read_is_cut_off(open_site, caplog, ask):
         assert len(read_what_comes(sock)) < size
 
 
-@with_cases("ask", ASKS)
-def test_a_client_that_reads_steadily_is_not_cut_off_however_long_it_takes(open_site, ask):
-    site = open_site(write_stall_s=0.6)
-    size = publish_megabytes(site, 2)
-    site.shrink_send_buffers()
+def read_steadily(port, ask):
+    """Read an answer at 750 KB a second: how much came, and how long that took."""
     began = time.monotonic()
     received = 0
-    with contextlib.closing(dial(site.port, ask, receive_bytes=4096)) as sock:
+    with contextlib.closing(dial(port, ask, receive_bytes=4096)) as sock:
         while True:
             piece = sock.recv(65536)
             if not piece:
                 break
             received += len(piece)
-            # 750 KB a second: more than four times as long as the deadline in all.
             time.sleep(len(piece) / 750_000)
-    assert received >= size
-    assert time.monotonic() - began > 4 * 0.6
+    return received, time.monotonic() - began
+
+
+def test_a_client_that_reads_steadily_is_not_cut_off_however_long_it_takes(open_site):
+    site = open_site(write_stall_s=0.6)
+    size = publish_megabytes(site, 2)
+    site.shrink_send_buffers()
+    with concurrent.futures.ThreadPoolExecutor(len(ASKS)) as threads:
+        readers = {name: threads.submit(read_steadily, site.port, ASKS[name]) for name in ASKS}
+    for name, reader in readers.items():
+        received, took_s = reader.result()
+        assert received >= size, name
+        # More than four times as long as the deadline.
+        assert took_s > 4 * 0.6, name
 
 
 def test_a_client_that_reads_too_slowly_is_cut_off_after_its_grace(open_site, caplog):
