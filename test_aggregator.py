@@ -13821,7 +13821,7 @@ ENDLESS_CHUNKS = post("Transfer-Encoding: chunked")
 
 
 # What a client sends at first, what it adds ten times a second, and the answers.
-SLOW_CLIENTS = {
+TRICKLING_CLIENTS = {
     "head without a line": (b"GET / HT", b"", [408]),
     "head that grows": (b"GET / HTTP/1.1\r\n", b"A: b\r\n", [408]),
     "no byte": (b"", b"", []),
@@ -13855,12 +13855,12 @@ def trickle_into(port, start, trickle):
 
 def test_a_slow_client_meets_a_deadline_that_it_cannot_renew(open_site):
     site = open_site(head_s=0.5, body_stall_s=0.5, grace_s=0.7, idle_s=0.5)
-    with concurrent.futures.ThreadPoolExecutor(len(SLOW_CLIENTS)) as threads:
+    with concurrent.futures.ThreadPoolExecutor(len(TRICKLING_CLIENTS)) as threads:
         # All at once, since each only waits.
         clients = {}
-        for name, (start, trickle, _) in SLOW_CLIENTS.items():
+        for name, (start, trickle, _) in TRICKLING_CLIENTS.items():
             clients[name] = threads.submit(trickle_into, site.port, start, trickle)
-    for name, (_, _, expected) in SLOW_CLIENTS.items():
+    for name, (_, _, expected) in TRICKLING_CLIENTS.items():
         statuses, took_s = clients[name].result()
         assert statuses == expected, name
         assert 0.4 < took_s < 3, name
