@@ -974,8 +974,8 @@ def events_from_lines(
 #                   `timestamp` is what the publisher says; `first_seen` is the arrival
 #                   of the first event with a key
 #      mark         a seq up to which some work is done
-#      tombstone    a row of `seen`: key, seq, fingerprint, arrival. It is written while
-#                   the event still lives, and stays when the event is gone
+#      tombstone    a row of `seen` or `archive`: key, seq, fingerprint, arrival. It is
+#                   written while the event still lives, and stays when it is gone
 #
 # A ladder, each rung with the way it fails:
 #
@@ -999,28 +999,38 @@ def events_from_lines(
 # runs every commit. And one process owns the file (§3), because the newest keys are in
 # the memory of that process, where no other process could look.
 #
-# The design is a small log-structured merge, of three parts:
+# The design is a small log-structured merge. New keys gather in memory. From there they
+# move on to larger tables, always many neighbours together:
 #
 #      new events ──▶ processed_events   the log: in order of arrival, the truth
 #      their keys ──▶ recent.ids         the newest keys: in memory, rebuilt at start
 #                          │ one slice of the key space at a time, in key order
 #                          ▼
-#                        seen            the tombstones: every older key
+#                        seen            the younger tombstones: some million
+#                          │ one shelf of the key space at a time, in key order
+#                          ▼
+#                        archive         the older tombstones: all the others
 #
-#      seen before?   Look in recent.ids, then in seen. In neither: it is new.
+#      seen before?   Look in recent.ids, seen and archive. In none of them: it is new.
 #
 # A tombstone is what stays when an event goes: its 16-byte key, its seq, a
 # fingerprint of its content, and when it was first seen. It is made while the event
-# still lives: when its key is merged, or just before the event is removed, whichever
-# comes first. It stays for ever, unless --dedup-retention says for how long. (Texts on
-# LSM trees call a *delete marker* a tombstone. Ours is the opposite: it keeps the id
-# alive when its event is gone.)
+# still lives: when its key leaves recent.ids with its slice, or just before the event
+# is removed, whichever comes first. It stays for ever, unless --dedup-retention says
+# for how long. (Texts on LSM trees call a *delete marker* a tombstone. Ours is the
+# opposite: it keeps the id alive when its event is gone.)
 #
 # Why slices. The key space has 256 of them, by the first byte of the key. A slice is
 # moved as a whole and in key order, so keys that are neighbours on a page are written
 # together. `progress` holds a mark for each slice: the keys of all events up to this
-# seq are in `seen`. The lowest mark is the watermark: up to there, every key is in
-# `seen`.
+# seq are tombstones. The lowest mark is the watermark: up to there, every key is one.
+#
+# Why shelves. The larger `seen` is, the more pages a slice falls on. So `seen` is kept
+# small by the same step once more: the key space has 4,096 shelves, and with every
+# 1,024 new events the shelf that has waited longest moves to `archive`. A store of less
+# than 4,194,304 events has an empty archive. Here no mark says what has moved, because
+# both tables are on the disk and nothing has to be rebuilt; the one mark of the archive
+# says whose turn it is.
 #
 # The same identity may come with another content: another source or payload. That is a
 # conflict. The first content stays. The second is not stored, and its publisher is
@@ -1028,23 +1038,27 @@ def events_from_lines(
 # is in the tombstone.
 #
 # The way of a key. An event arrives, and §1 to §5 bring it to a commit. There its key
-# is looked up in recent.ids and in `seen`. It is in neither, so the event goes to the
-# log and its key to recent.ids. Several hundred thousand events later the slice of the
-# key has its turn: the key moves to `seen`, and the mark of the slice moves on. Weeks
-# later, if --retention is set, the event leaves the log. The tombstone stays, so a late
-# retry is a duplicate.
+# is looked up in the three tables. It is in none, so the event goes to the log and its
+# key to recent.ids. Several hundred thousand events later the slice of the key has its
+# turn: the key moves to `seen`, and the mark of the slice moves on. Some million events
+# later it moves to `archive` with its shelf. Weeks later, if --retention is set, the
+# event leaves the log. The tombstone stays, so a late retry is a duplicate.
 #
 # The arithmetic. A tombstone takes 45 bytes, and 83 of them stand on a page that was
-# filled in random order. A slice brings about 3,000 keys when its turn comes, and
-# writes each page that one of them belongs to.
+# filled in random order. A slice brings about 3,000 keys when its turn comes, a shelf
+# about 1,000, and each page that one of them belongs to is written. `seen` holds what
+# came since the last turn of each shelf, about 2 million keys.
 #
-#      ids in `seen`    pages of a slice    keys for each page that is written
-#          1 million             47                 65
-#         10 million            470                  6.5
-#        100 million          4,700                  1.4
+#                       keys for each page that is written
+#      ids in all       to `seen`    to `archive`    without an archive
+#          2 million       33             -                 33
+#         10 million       33            43                  6.5
+#        100 million       33             3.7                1.4
+#      1,000 million       33             1.2                1.0
 #
-# So the gain ends near 100 million ids: then each key costs nearly a page of its own,
-# as in rung 2. More levels would move the end further away.
+# So the gain ends near a thousand million ids: then each key costs nearly a page of its
+# own, as in rung 2. Texts on LSM trees call the three tables levels. One level more
+# would move the end further away again, and cost each new id one more look.
 #
 # What happens in a crash. "Repeats" is what the publisher does when it gets no answer.
 #
@@ -1086,13 +1100,12 @@ def events_from_lines(
 #
 #   * recent.ids is a table of an attached in-memory database, so it takes part in the
 #     transaction: what was rolled back was never learned, what was committed is known.
-#   * The key of a committed event is in recent.ids or in `seen`, until
+#   * The key of a committed event is in one of the three tables, and in one only, until
 #     --dedup-retention forgets it: then its event has left the log, and is old.
-#   * Moving a key twice is harmless: the second time changes nothing.
 #
-# Simpler than a production system: there is no Bloom filter in front of `seen`. So a
-# new id costs a look into it, and that is a disk read once `seen` has outgrown the
-# memory.
+# Simpler than a production system: there is no Bloom filter in front of the tombstones.
+# So a new id costs a look into both tables, and that is a disk read once they have
+# outgrown the memory.
 # ============================================================================
 
 # Keys kept in recent.ids before slices are merged; about 70 bytes each, so 27 MB. Twice
@@ -1102,6 +1115,12 @@ RECENT_IDS = 384 * 1024
 # number that divides 256. More slices would be smaller, and a page would be written for
 # fewer keys; fewer would make the commit that moves one longer.
 SLICES = 256
+# Events after which every shelf of `seen` has had its turn. Twice as many would halve
+# the page writes of the archive, and double those of `seen`.
+SEEN_IDS = 4 * 1024 * 1024
+# Shelves of the key space: 4,096, so that one holds about 1,024 keys at its turn. Fewer
+# would make the commit that moves one longer.
+SHELVES = 4096
 # Values that one statement can bind (SQLite, "Limits": SQLITE_MAX_VARIABLE_NUMBER).
 # SQLite before 3.32 takes fewer.
 SQLITE_VARIABLES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
@@ -1142,8 +1161,8 @@ class Known(NamedTuple):
     seq: int
     fingerprint: int
     first_seen: int  # microseconds since 1970 UTC
-    # Where it was found: "recent", "seen", or "batch", which means earlier in the same
-    # group.
+    # Where it was found: "recent", "seen", "archive", or "batch", which means earlier
+    # in the same group.
     place: str
 
 
@@ -1171,7 +1190,7 @@ class Decision(NamedTuple):
 
 
 class ForgetBefore(NamedTuple):
-    """What is old enough to go: what has both, an arrival and a seq that are low enough.
+    """What is old enough to go: its arrival and its seq are both low enough.
 
     Made by `AgeLimit` (§3), for two uses: --retention asks it which events may leave
     the log, and --dedup-retention which tombstones of removed events may be forgotten.
@@ -1279,7 +1298,24 @@ def slice_name(number: int, slices: int) -> str:
     return f"{number * 256 // slices:02X}"
 
 
-# The columns of recent.ids and of `seen`.
+def key_span(number: int, pieces: int) -> Dict[str, bytes]:
+    r"""The keys of one of so many equal pieces of the key space.
+
+    They begin with `low` and end before `high`. Bytes compare like words in a
+    dictionary, so a key of 16 bytes that begins with 05 00 comes after those two bytes.
+
+    >>> key_span(5, pieces=256)
+    {'low': b'\x05\x00', 'high': b'\x06\x00'}
+    """
+    low = number * 65536 // pieces
+    high = (number + 1) * 65536 // pieces
+    if number + 1 == pieces:
+        # No key of 16 bytes is above 17 bytes of FF.
+        return {"low": low.to_bytes(2, "big"), "high": b"\xff" * 17}
+    return {"low": low.to_bytes(2, "big"), "high": high.to_bytes(2, "big")}
+
+
+# The columns of recent.ids, `seen` and `archive`.
 KEYS_TABLE = """(
     key BLOB PRIMARY KEY,
     seq INTEGER NOT NULL,
@@ -1291,37 +1327,38 @@ KEYS_TABLE = """(
 class DedupIndex:
     """Which keys have been seen. Its methods run inside a transaction of the store.
 
-    `db` is a connection to a store (§3). Its parts `recent.ids`, `seen` and `progress`
-    belong to this class, which makes the first of them.
+    `db` is a connection to a store (§3). Its tables `recent.ids`, `seen`, `archive` and
+    `progress` belong to this class, which makes the first of them.
 
     A worked example: a toy with 4 slices that keeps 4 recent keys. The slice of a key
-    is the first two bits of it.
+    is the first two bits of it, its shelf the first bit.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
-    >>> settings = StoreSettings(slices=4, recent_ids=4)
+    >>> settings = StoreSettings(slices=4, recent_ids=4, shelves=2, seen_ids=4)
     >>> store = Store(folder.name + "/toy.db", settings)
     >>> def publish(event_id, now_us):
     ...     record = record_of(Event("door", event_id, 0, "hall", "{}"))
     ...     return store.commit([record], now_us).repeats
     >>> def show():
-    ...     for table in "recent.ids", "seen":
+    ...     for table in "recent.ids", "seen", "archive":
     ...         rows = store.db.execute(f"SELECT hex(key), seq FROM {table} ORDER BY 1")
     ...         print(table, *[f"{key[:8]}={seq}" for key, seq in rows])
-    ...     marks = store.db.execute("SELECT part, through FROM progress WHERE part <= 'FF'")
+    ...     marks = store.db.execute("SELECT part, through FROM progress WHERE part < 'l'")
     ...     print("progress", *[f"{part}={through}" for part, through in marks])
     ...     log = store.db.execute("SELECT seq, event_id FROM processed_events ORDER BY seq")
     ...     print("log", *[f"{seq}:{event_id}" for seq, event_id in log])
 
     Four events arrive, and nothing is merged yet. Each line shows the first bytes of a
-    key and its seq; the marks of the four slices are 0.
+    key and its seq; the marks of the four slices and of the archive are 0.
 
     >>> for second, event_id in enumerate(["1", "2", "3", "5"]):
     ...     repeats = publish(event_id, now_us=second * 1_000_000)
     >>> show()
     recent.ids 064EC0C5=2 694E2F62=4 8B68E835=1 E0067311=3
     seen
-    progress 00=0 40=0 80=0 C0=0
+    archive
+    progress 00=0 40=0 80=0 C0=0 archive=0
     log 1:1 2:2 3:3 4:5
 
     A fifth makes one too many. So the slice that has waited longest, slice 0, is moved,
@@ -1332,7 +1369,8 @@ class DedupIndex:
     >>> show()
     recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
     seen 064EC0C5=2
-    progress 00=5 40=0 80=0 C0=0
+    archive
+    progress 00=5 40=0 80=0 C0=0 archive=0
     log 1:1 2:2 3:3 4:5 5:4
 
     Now the memory goes, as with kill -9. The log and the marks say what was in it:
@@ -1343,35 +1381,61 @@ class DedupIndex:
     >>> show()
     recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
     seen 064EC0C5=2
-    progress 00=5 40=0 80=0 C0=0
+    archive
+    progress 00=5 40=0 80=0 C0=0 archive=0
     log 1:1 2:2 3:3 4:5 5:4
 
-    Event 1 is removed, as retention would do it. Its key was still recent, so now it
-    gets its tombstone. A retry that comes weeks later is a duplicate all the same.
+    Event 1 is removed, as retention would do it. Its key was still recent, so it leaves
+    recent.ids ahead of its slice. A retry that comes weeks later is a duplicate all the
+    same.
 
     >>> store.erase([1])
     1
     >>> show()
-    recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
+    recent.ids 694E2F62=4 E0067311=3 EC0090BA=5
     seen 064EC0C5=2 8B68E835=1
-    progress 00=5 40=0 80=0 C0=0
+    archive
+    progress 00=5 40=0 80=0 C0=0 archive=0
     log 2:2 3:3 4:5 5:4
     >>> late = publish("1", now_us=30 * 86_400_000_000)
     >>> [(repeat.kind, repeat.first.seq, repeat.first.place) for repeat in late]
     [('duplicate', 1, 'seen')]
+
+    In this toy, two new events are the turn of a shelf, as soon as more than four have
+    come. So the sixth moves shelf 0, the keys below 80, from `seen` to the archive.
+
+    >>> publish("6", now_us=31 * 86_400_000_000)
+    []
+    >>> show()
+    recent.ids 68D503E4=6 694E2F62=4 E0067311=3 EC0090BA=5
+    seen 8B68E835=1
+    archive 064EC0C5=2
+    progress 00=5 40=0 80=0 C0=0 archive=2
+    log 2:2 3:3 4:5 5:4 6:6
     >>> store.close()
     >>> folder.cleanup()
     """
 
     def __init__(
-        self, db: sqlite3.Connection, slices: int = SLICES, recent_ids: int = RECENT_IDS
+        self,
+        db: sqlite3.Connection,
+        recent_ids: int = RECENT_IDS,
+        slices: int = SLICES,
+        seen_ids: int = SEEN_IDS,
+        shelves: int = SHELVES,
     ) -> None:
         self._db = db
-        self._slices = slices
         self._most_recent = recent_ids
-        # What `reload` reads: keys in recent.ids, and the slice to merge next.
+        self._slices = slices
+        self._seen_ids = seen_ids
+        self._shelves = shelves
+        # After so many new events it is the turn of the next shelf.
+        self._turn_events = seen_ids // shelves
+        # What `reload` reads: keys in recent.ids, the slice to move next, and the mark
+        # of the archive.
         self.recent_count = 0
         self.next_slice = 0
+        self.archive_mark = 0
         # Attached, so that it takes part in the transactions of the file: a rollback
         # takes the keys out again.
         db.execute("ATTACH ':memory:' AS recent")
@@ -1387,7 +1451,7 @@ class DedupIndex:
         keys = sorted({record.key for record in records})
         known: Dict[bytes, Known] = {}
         for chunk in chunks(keys, columns=1):
-            # It finds what `WHERE key IN (…)` would find, in both tables. SQLite never
+            # It finds what `WHERE key IN (…)` would find, in all tables. SQLite never
             # swaps the two sides of a CROSS JOIN, so it takes each wanted key and looks
             # it up. For a plain JOIN it might think it cheaper to scan millions of keys
             # for a few wanted ones. One JSON value comes back instead of a row for each
@@ -1403,12 +1467,13 @@ class DedupIndex:
                     UNION ALL
                     SELECT wanted.key, seq, fingerprint, first_seen, 'seen'
                     FROM wanted CROSS JOIN seen ON seen.key = wanted.key
+                    UNION ALL
+                    SELECT wanted.key, seq, fingerprint, first_seen, 'archive'
+                    FROM wanted CROSS JOIN archive ON archive.key = wanted.key
                 )
                 """,
                 chunk,
             )
-            # The key of a removed event may stand in both tables. Both say the same of
-            # it, except for the place: `seen` comes second, so it is what is shown.
             for key, *what in json.loads(found):
                 known[bytes.fromhex(key)] = Known(*what)
         return known
@@ -1436,8 +1501,15 @@ class DedupIndex:
         )
         self.recent_count += cursor.rowcount
 
-    def merge_due_slices(
+    def merge(
         self, new_events: int, last_seq: int, forget_before: Optional[ForgetBefore] = None
+    ) -> None:
+        """Move keys on to their next table: in the long run, as many as arrive."""
+        self._move_due_slices(new_events, last_seq, forget_before)
+        self._move_due_shelves(new_events, last_seq, forget_before)
+
+    def _move_due_slices(
+        self, new_events: int, last_seq: int, forget_before: Optional[ForgetBefore]
     ) -> None:
         """Move the slices that have waited longest from recent.ids to `seen`.
 
@@ -1453,57 +1525,82 @@ class DedupIndex:
         """
         moves = 1 + new_events * self._slices // self._most_recent
         while moves and self.recent_count > self._most_recent:
+            span = key_span(self.next_slice, self._slices)
             # Expire first: the keys that the move brings are the newest of the slice
-            # and need no look. If a key that expires is in recent.ids, too, the move
-            # writes it back, and it expires when the slice has its next turn.
+            # and need no look.
             if forget_before is not None:
-                self._expire(self.next_slice, forget_before)
-            self._move_slice(self.next_slice, last_seq)
+                self._expire("seen", span, forget_before)
+            self.recent_count -= self._move("recent.ids", "seen", span)
+            # The mark is the last seq there is, although most events belong to other
+            # slices. That is right, because it speaks of this slice only. `learn` has
+            # run, so all keys of the slice were in recent.ids, and all have just gone.
+            self._set_mark(slice_name(self.next_slice, self._slices), last_seq)
             self.next_slice = (self.next_slice + 1) % self._slices
             moves -= 1
 
-    def _move_slice(self, slice_number: int, last_seq: int) -> None:
-        """Write the keys of one slice to `seen`, and its mark to `progress`.
+    def _move_due_shelves(
+        self, new_events: int, last_seq: int, forget_before: Optional[ForgetBefore]
+    ) -> None:
+        """Move the shelves that have waited longest from `seen` to `archive`.
 
-        The mark is the last seq there is, although most events belong to other slices.
-        That is right, because it speaks of this slice only. `learn` has run, so all
-        keys of the slice were in recent.ids, and all of them have just been moved.
-        Between the insert and the delete a key is in both tables; nobody sees that,
-        because it is one transaction.
+        The mark of the archive follows the newest seq at a distance of 4,194,304. With
+        every 1,024 seqs that it goes on, one shelf is moved. So 4,194,304 new events
+        are a turn for each of 4,096 shelves, and a shelf brings what came to it since
+        its last turn: about 1,024 keys. It never falls behind for the reason above.
 
-        The insert is in key order: SQLite reads the span along the primary key. Keys
-        that `make_tombstones` has put into `seen` before are met again here. DO NOTHING
-        keeps the first, which says the same; OR ROLLBACK is for any other failure.
+        Here, too, tombstones expire: an archived one is looked at once in 4,194,304
+        events.
         """
-        span = self._span(slice_number)
+        moves = 1 + new_events // self._turn_events
+        due = (last_seq - self._seen_ids - self.archive_mark) // self._turn_events
+        for _ in range(min(moves, due)):
+            shelf = self.archive_mark // self._turn_events % self._shelves
+            span = key_span(shelf, self._shelves)
+            if forget_before is not None:
+                self._expire("archive", span, forget_before)
+            self._move("seen", "archive", span)
+            self.archive_mark += self._turn_events
+            self._set_mark("archive", self.archive_mark)
+
+    def _move(self, source: str, target: str, span: Dict[str, bytes]) -> int:
+        """Move the keys of a span from one table to another; how many those were.
+
+        It goes in key order, because SQLite reads the span along the primary key.
+        Between the insert and the delete a key is in both tables; nobody sees that,
+        because it is one transaction. Should damage have put a key into both, DO
+        NOTHING keeps the older; OR ROLLBACK is for any other failure.
+        """
         self._db.execute(
-            """
-            INSERT OR ROLLBACK INTO seen(key, seq, fingerprint, first_seen)
+            f"""
+            INSERT OR ROLLBACK INTO {target}(key, seq, fingerprint, first_seen)
             SELECT key, seq, fingerprint, first_seen
-            FROM recent.ids
+            FROM {source}
             WHERE key >= :low AND key < :high
             ON CONFLICT(key) DO NOTHING
             """,
             span,
         )
         moved = self._db.execute(
-            "DELETE FROM recent.ids WHERE key >= :low AND key < :high", span
+            f"DELETE FROM {source} WHERE key >= :low AND key < :high", span
         ).rowcount
-        self.recent_count -= moved
+        return moved
+
+    def _set_mark(self, part: str, through: int) -> None:
+        """Write how far a part has come."""
         self._db.execute(
             "UPDATE progress SET through = :through WHERE part = :part",
-            {"through": last_seq, "part": slice_name(slice_number, self._slices)},
+            {"through": through, "part": part},
         )
 
-    def _expire(self, slice_number: int, forget_before: ForgetBefore) -> None:
-        """Forget the tombstones of one slice that are old and whose events are gone.
+    def _expire(self, table: str, span: Dict[str, bytes], forget_before: ForgetBefore) -> None:
+        """Forget the tombstones of a span that are old and whose events are gone.
 
         As long as an event is in the log, its tombstone must stay, however old: else a
         repeat would be stored beside it.
         """
         self._db.execute(
-            """
-            DELETE FROM seen
+            f"""
+            DELETE FROM {table}
             WHERE key >= :low AND key < :high
               AND first_seen < :before_us
               AND seq <= :through_seq
@@ -1512,30 +1609,42 @@ class DedupIndex:
               -- out, so each has to be looked up.
               AND (
                 seq < (SELECT min(seq) FROM processed_events)
-                OR NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = seen.seq)
+                OR NOT EXISTS (SELECT 1 FROM processed_events AS e WHERE e.seq = {table}.seq)
               )
             """,
-            {**self._span(slice_number), **forget_before._asdict()},
+            {**span, **forget_before._asdict()},
         )
 
     def make_tombstones(self, seqs: str) -> None:
         """Make the tombstones of events that are about to be removed.
 
-        `seqs` is a JSON list. Most keys are in `seen` already; the others would be lost
-        with a crash, because recent.ids is rebuilt from the log. They stay in
-        recent.ids, too, until their slice is moved.
+        `seqs` is a JSON list. Most keys have left recent.ids already. The others leave
+        it now, whatever slice they belong to: recent.ids is rebuilt from the log, so
+        after a crash it would not know them any more.
         """
         self._db.execute(
             """
             INSERT OR ROLLBACK INTO seen(key, seq, fingerprint, first_seen)
-            SELECT key, seq, fingerprint, processed_at
-            FROM processed_events
-            WHERE seq IN (SELECT value FROM json_each(:seqs))
-            ORDER BY key
+            SELECT ids.key, ids.seq, ids.fingerprint, ids.first_seen
+            FROM processed_events AS e CROSS JOIN recent.ids AS ids ON ids.key = e.key
+            WHERE e.seq IN (SELECT value FROM json_each(:seqs))
+            ORDER BY ids.key
             ON CONFLICT(key) DO NOTHING
             """,
             {"seqs": seqs},
         )
+        left = self._db.execute(
+            """
+            DELETE FROM recent.ids
+            WHERE key IN (
+                SELECT key
+                FROM processed_events
+                WHERE seq IN (SELECT value FROM json_each(:seqs))
+            )
+            """,
+            {"seqs": seqs},
+        ).rowcount
+        self.recent_count -= left
 
     def recover(self) -> None:
         """Rebuild recent.ids from the log: what lies above the mark of its slice.
@@ -1575,19 +1684,9 @@ class DedupIndex:
             self._db, "SELECT part FROM progress WHERE part <= 'FF' ORDER BY through, part LIMIT 1"
         )
         self.next_slice = int(oldest, 16) * self._slices // 256
-
-    def _span(self, slice_number: int) -> Dict[str, bytes]:
-        """The keys of a slice: from `low` on, and below `high`.
-
-        With 256 slices, slice 5 has the keys from 05 on and below 06. Bytes compare
-        like that: a key of 16 bytes that begins with 05 is above the single byte 05.
-        """
-        width = 256 // self._slices
-        low = slice_number * width
-        high = low + width
-        # No key of 16 bytes is above 17 bytes of FF.
-        last = b"\xff" * 17
-        return {"low": bytes([low]), "high": bytes([high]) if high < 256 else last}
+        self.archive_mark = query_value(
+            self._db, "SELECT through FROM progress WHERE part = 'archive'"
+        )
 
 
 # ---- Many rows to a statement ----
@@ -1708,7 +1807,7 @@ def connect(path: str, timeout_s: float = 5.0) -> sqlite3.Connection:
 # is used by one thread at a time.
 #
 #   * Deciding, storing, counting and merging are one transaction.
-#   * A row leaves the log only when its key is in `seen`.
+#   * A row leaves the log only when its key is in `seen` or `archive`.
 #   * A seq is given once. A seq that is used again would make a cursor skip an event.
 #     AUTOINCREMENT keeps the highest seq ever given, even when its row has been
 #     deleted, and the writer goes on from there.
@@ -1730,7 +1829,7 @@ def connect(path: str, timeout_s: float = 5.0) -> sqlite3.Connection:
 # tells a store from other people's databases.
 APPLICATION_ID = 0x41474752
 # The version of the tables below, kept in the header, too (`PRAGMA user_version`).
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # The oldest version that is brought up to date when it is opened.
 OLDEST_SCHEMA_VERSION = 2
 SQLITE_VERSION = sqlite3.sqlite_version
@@ -1828,6 +1927,8 @@ class StoreSettings(NamedTuple):
     dedup_retention_us: int = 0
     recent_ids: int = RECENT_IDS
     slices: int = SLICES
+    seen_ids: int = SEEN_IDS
+    shelves: int = SHELVES
     list_rows: int = LIST_ROWS
     trim_rows: int = TRIM_ROWS
     trim_bytes: int = TRIM_BYTES
@@ -1982,7 +2083,7 @@ class AgeLimit:
 
 
 class _Expired(NamedTuple):
-    """Events past their time, and the last seq looked at; 0 if none was left to look at."""
+    """Events past their time, and the last seq looked at; 0 if none was left."""
 
     seqs: List[int]
     end: int
@@ -2017,9 +2118,10 @@ def clock_was_set(before: Moment, now: Moment) -> bool:
 #                     `processed_at` is the arrival. `key` and `fingerprint` stand
 #                     beside the text they are made of, so SQL alone can rebuild
 #                     recent.ids.
-#   seen              The tombstones (§2).
+#   seen, archive     The tombstones (§2).
 #   listing, by_time  The sorted tables.
-#   progress          How far a part has come: a slice of the key space, or 'listing'.
+#   progress          How far a part has come: a slice of the key space, 'archive', or
+#                     'listing'.
 #   stats             The books. `kind` is 'total', 'topic', 'source' or 'delay', and
 #                     `name` says which. `removed` counts what left the log.
 #   sequences         What each source has left out of its own counter.
@@ -2083,11 +2185,18 @@ SCHEMA = (
     "INSERT INTO progress VALUES('listing', 0)",
     f"PRAGMA application_id={APPLICATION_ID}",
 )
-# What an older schema lacks. Version 3 gave each store a name of its own.
-ADDED_IN_VERSION_3 = (
-    "CREATE TABLE about(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    "INSERT INTO about VALUES('store_id', lower(hex(randomblob(8))))",
-)
+# What older schemas lack, by the version that brought it. Version 3 gave each store a
+# name of its own, version 4 its archive.
+ADDED_LATER = {
+    3: (
+        "CREATE TABLE about(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        "INSERT INTO about VALUES('store_id', lower(hex(randomblob(8))))",
+    ),
+    4: (
+        "CREATE TABLE archive" + KEYS_TABLE,
+        "INSERT INTO progress VALUES('archive', 0)",
+    ),
+}
 # user_version and application_id in the first 100 bytes of an SQLite file.
 _SQLITE_HEADER = re.compile(rb"SQLite format 3\x00.{44}(.{4}).{4}(.{4})", re.DOTALL)
 # The number of pages before the transaction, in the header of a rollback journal
@@ -2489,7 +2598,13 @@ class Store:
         # keep their text. With retention that costs 4 % more written bytes, without it
         # nothing.
         self.db.execute("PRAGMA main.secure_delete=1")
-        self.index = DedupIndex(self.db, self._settings.slices, self._settings.recent_ids)
+        self.index = DedupIndex(
+            self.db,
+            self._settings.recent_ids,
+            self._settings.slices,
+            self._settings.seen_ids,
+            self._settings.shelves,
+        )
         self.index.recover()
         self._reload()
         self.store_id = query_value(self.db, "SELECT value FROM about WHERE name = 'store_id'")
@@ -2519,8 +2634,10 @@ class Store:
                 name = slice_name(number, self._settings.slices)
                 self.db.execute("INSERT INTO progress VALUES(?, 0)", (name,))
         if version < SCHEMA_VERSION:
-            for statement in ADDED_IN_VERSION_3:
-                self.db.execute(statement)
+            for number, statements in ADDED_LATER.items():
+                if version < number:
+                    for statement in statements:
+                        self.db.execute(statement)
             self.db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         # A crash in the middle of a probe leaves this row.
         self.db.execute("DELETE FROM progress WHERE part = 'probe'")
@@ -2673,7 +2790,7 @@ class Store:
         return mark
 
     def join_log(self) -> None:
-        """Note that this store and a log go together from here on. Raises StoreFailed."""
+        """Note that this store and a log go together from now on. Raises StoreFailed."""
         with self._transaction():
             self.db.execute("INSERT OR IGNORE INTO replica VALUES('position', 0, x'')")
             self.db.execute("DELETE FROM replica WHERE name = 'alone'")
@@ -2772,7 +2889,7 @@ class Store:
         The clocks come first, because the merge and retention both ask what is old.
         """
         self._look_at_clocks(now)
-        self.index.merge_due_slices(new_events, self.last_seq, self._forget_before())
+        self.index.merge(new_events, self.last_seq, self._forget_before())
         self._feed_sorted_tables(at_least=self._settings.list_rows)
         self._apply_retention(at_most=2 * new_events)
 
@@ -3516,6 +3633,8 @@ PROBES = (
     "DELETE FROM processed_events WHERE seq = 0",
     "INSERT INTO seen VALUES(x'', 0, 0, 0)",
     "DELETE FROM seen WHERE key = x''",
+    "INSERT INTO archive VALUES(x'', 0, 0, 0)",
+    "DELETE FROM archive WHERE key = x''",
     "INSERT INTO listing VALUES('', 0, 0)",
     "DELETE FROM listing WHERE topic = ''",
     "INSERT INTO by_time VALUES(0, 0)",
@@ -3722,10 +3841,12 @@ CHECKS = (
         WITH newest AS (SELECT ifnull(max(seq), 0) AS seq FROM sqlite_sequence)
         SELECT (
             SELECT ifnull(count_repeats(seq), 0)
-            FROM seen
+            FROM (SELECT seq FROM seen UNION ALL SELECT seq FROM archive)
             WHERE seq BETWEEN 1 AND (SELECT seq FROM newest)
         ) + (
-            SELECT count(*) FROM seen WHERE seq NOT BETWEEN 1 AND (SELECT seq FROM newest)
+            SELECT count(*)
+            FROM (SELECT seq FROM seen UNION ALL SELECT seq FROM archive)
+            WHERE seq NOT BETWEEN 1 AND (SELECT seq FROM newest)
         )
         """,
     ),
@@ -3736,22 +3857,30 @@ CHECKS = (
         """
         SELECT count(*)
         FROM processed_events AS e
-        LEFT JOIN seen AS s ON s.key = e.key
-        WHERE s.seq <> e.seq
-           OR (s.seq IS NULL AND e.seq <= (
-                SELECT through
-                FROM progress
-                WHERE part <= hex(substr(e.key, 1, 1))
-                ORDER BY part DESC
-                LIMIT 1
-           ))
+        WHERE e.seq <> coalesce(
+            (SELECT seq FROM archive WHERE key = e.key),
+            (SELECT seq FROM seen WHERE key = e.key),
+            -- Above the mark an event needs none.
+            (
+                SELECT e.seq
+                WHERE e.seq > (
+                    SELECT through
+                    FROM progress
+                    WHERE part <= hex(substr(e.key, 1, 1))
+                    ORDER BY part DESC
+                    LIMIT 1
+                )
+            ),
+            0
+        )
         """,
     ),
-    # 257 marks: one for each of 256 slices, and that of the listing.
+    # 257 marks: one for each of 256 slices, and that of the listing. From version 4 of
+    # the schema on, the archive has one, too.
     Check(
         "all marks are there and none is ahead of the log",
         """
-        SELECT abs(257 - count(*))
+        SELECT abs(257 + (SELECT user_version >= 4 FROM pragma_user_version) - count(*))
             + total(through NOT BETWEEN 0 AND (SELECT ifnull(max(seq), 0) FROM sqlite_sequence))
         FROM progress
         WHERE part <> 'probe'
@@ -3900,6 +4029,9 @@ def _check_open_store(db: sqlite3.Connection) -> Iterator[Tuple[bool, str]]:
     SQLite's own check comes first: the others trust its B-trees. Their SQL calls the
     Python functions `identity` and `fingerprint` of §2.
     """
+    if query_value(db, "PRAGMA user_version") < 4:
+        # It has no archive yet, and shall not get one from a check.
+        db.execute("CREATE TEMP TABLE archive" + KEYS_TABLE)
     db.execute("PRAGMA query_only=1")
     # Read the file as memory, up to 128 MB of it: that saves a copy of each page.
     db.execute("PRAGMA mmap_size=134217728")
@@ -3919,7 +4051,9 @@ def _check_open_store(db: sqlite3.Connection) -> Iterator[Tuple[bool, str]]:
             yield True, check.sentence
     events = query_value(db, "SELECT count(*) FROM processed_events")
     topics = query_value(db, "SELECT count(*) FROM stats WHERE kind = 'topic'")
-    tombstones = query_value(db, "SELECT count(*) FROM seen")
+    tombstones = query_value(
+        db, "SELECT (SELECT count(*) FROM seen) + (SELECT count(*) FROM archive)"
+    )
     yield True, f"{events:,} events of {topics:,} topics, {tombstones:,} tombstones"
 
 
@@ -4919,7 +5053,7 @@ class Verdict(NamedTuple):
     seq: int
     # Its arrival, in microseconds since 1970 UTC.
     first_seen: int
-    # Where its key was found: "nowhere", "recent", "seen" or "batch".
+    # Where its key was found: "nowhere", "recent", "seen", "archive" or "batch".
     place: str
 
 
@@ -8415,7 +8549,8 @@ _CLOUD_EVENT_SCHEMA: Schema = {
 _WHY_BY_PLACE = {
     "nowhere": "the key was neither among the recent ones nor among the tombstones",
     "recent": "the key was among the recent ones, in memory, not yet merged",
-    "seen": "the key was among the tombstones",
+    "seen": "the key was among the younger tombstones",
+    "archive": "the key was among the older tombstones, in the archive",
     "batch": "the key came earlier in the same group",
 }
 
@@ -13360,7 +13495,8 @@ async function publish(event) {
 const FOUND = {
   nowhere: "neither among the recent keys nor among the tombstones",
   recent: "among the recent keys, in memory",
-  seen: "not among the recent keys, but among the tombstones, on disk",
+  seen: "not among the recent keys, but among the younger tombstones, on disk",
+  archive: "among the older tombstones, on disk, in the archive",
   batch: "the key of an earlier event of the same batch",
 };
 
@@ -15026,7 +15162,7 @@ def ends_at(file: Any, size: int) -> bool:
 
 
 def begins_with(file: Any, other: Any) -> bool:
-    """Whether a file begins with all that another one has; an empty one does not count."""
+    """Whether a file begins with all that another one has; not if that is empty."""
     offset = 0
     while True:
         data = other.at(offset, FILE_READ_BYTES)
@@ -15347,7 +15483,7 @@ class LogFile:
         return False
 
     def may_be_another(self) -> bool:
-        """Whether an open file of which nothing was read was written since this was asked.
+        """Whether an open file, unread so far, was written since this was asked.
 
         If it was copied, truncated and filled again, only the copy beside it tells.
         """
@@ -15387,7 +15523,7 @@ class LogFile:
         return idle_s
 
     def is_removed(self) -> bool:
-        """Whether the open file has no name any more: it takes room until it is closed."""
+        """Whether the open file has lost its name: it takes room until it is closed."""
         assert self.bytes is not None
         return self.bytes.status().st_nlink == 0
 
@@ -15842,7 +15978,7 @@ class Log:
         return older
 
     def _leave_torn(self, file: LogFile) -> None:
-        """The present file was truncated: it goes on in the copy made before, if any."""
+        """The present file was truncated: it goes on in the copy, if there is one."""
         assert file.bytes is not None
         if file.bytes.status().st_size >= file.seen_size and holds_place(file.bytes, file.mark):
             _tell(f"{file.path} was written anew with the same lines: they are read as new")
@@ -16373,11 +16509,11 @@ def _check_pipe(name: str) -> None:
 
 
 def _batches_of_writers(file: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
-    """What writers put into an open pipe, until its name is another one's. Raises OSError.
+    """What writers put into a pipe, until its name is another one's. Raises OSError.
 
     The pipe stays open between two writers: a writer that has come meanwhile may have
-    written, and to close a pipe is to throw away what it holds. Nobody can open one that
-    has lost its name, so one more reading to the end finds all that was written.
+    written, and to close a pipe is to throw away what it holds. Nobody can open one
+    that has lost its name, so one more reading to the end finds all that was written.
     """
     while True:
         is_the_last = not _is_still_named(file, name)
@@ -18502,7 +18638,7 @@ class ReplicatedPipeline(Pipeline):
         self._mark = self._mark._replace(was_alone=False)
 
     def _read_base(self, stretch: LogStretch) -> Tuple[str, int]:
-        """The id of the store that a log began from, and its events. Raises LogRefused."""
+        """Id and events of the store that a log began from. Raises LogRefused."""
         if not stretch.base and not stretch.head:
             raise LogRefused(
                 f"the log is empty, and this store has read {self._mark.position} entries:"
@@ -18624,7 +18760,7 @@ class ReplicatedPipeline(Pipeline):
             raise LogUnavailable(f"the log cannot be read: {trouble.reason}")
 
     async def _watch_log(self) -> None:
-        """Give up on time, and find out whether a log that was away takes entries again.
+        """Give up in time, and find out whether a log that was away takes entries.
 
         The probe is an entry without events. Nothing less would show it: the log may
         answer reads and barriers while it takes no entries. And a node that gets no
@@ -18639,7 +18775,7 @@ class ReplicatedPipeline(Pipeline):
                 await self._put_into_log([], None, [], None)
 
     def _refuse_late(self) -> None:
-        """Refuse those whose entries are in the log and do not come out of it in time."""
+        """Refuse those whose entries are in the log and do not come out in time."""
         now_s = self._loop.time()
         for own in self._own.values():
             waiting = self._waiting_for.get(own.number)

@@ -38,6 +38,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import struct
 import subprocess
 import symtable
@@ -942,7 +943,7 @@ def from_lines(text, topic="t", most=100):
 HOUR_US = 3_600_000_000
 DAY_US = 24 * HOUR_US
 # An index so small that a few hundred events exercise every part of it.
-SMALL_INDEX = {"recent_ids": 64, "list_rows": 16}
+SMALL_INDEX = {"recent_ids": 64, "seen_ids": 256, "shelves": 16, "list_rows": 16}
 
 
 def event(event_id="1", topic="t", payload='{"n":1}', source="s", timestamp=NOW, sequence=None):
@@ -1556,7 +1557,8 @@ class DeadlyConnection(sqlite3.Connection):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 sqlite3.connect = functools.partial(sqlite3.connect, factory=DeadlyConnection)
-settings = aggregator.StoreSettings(max_per_topic=25, recent_ids=64, list_rows=16)
+small = dict(recent_ids=64, seen_ids=128, shelves=16, list_rows=16)
+settings = aggregator.StoreSettings(max_per_topic=25, **small)
 store = aggregator.Store(path, settings)
 for second in range(300):
     batch = []
@@ -1578,6 +1580,10 @@ CRASHES = text_table("""
     between the halves of a move    | after  | INSERT INTO seen             | 39
     after a slice left recent.ids   | after  | DELETE FROM recent.ids       | 39
     after a slice got its mark      | after  | UPDATE progress              | 39
+    before a shelf is moved         | before | INSERT INTO archive          | 39
+    between the halves of its move  | after  | INSERT INTO archive          | 39
+    after a shelf left `seen`       | after  | DELETE FROM seen             | 39
+    while the archive gets its mark | before | UPDATE progress              | 160
     before the listing is fed       | before | INSERT INTO listing          | 39
     after the times are fed         | after  | INSERT INTO by_time          | 39
     after rows left the listing     | after  | DELETE FROM listing          | 39
@@ -1604,6 +1610,7 @@ TABLES = [
     "processed_events",
     "recent.ids",
     "seen",
+    "archive",
     "listing",
     "by_time",
     "progress",
@@ -1623,6 +1630,7 @@ def everything_in(store):
     found["last seq"] = store.last_seq
     found["recent keys"] = store.index.recent_count
     found["next slice"] = store.index.next_slice
+    found["archive mark"] = store.index.archive_mark
     return found
 
 
@@ -1772,11 +1780,15 @@ UNINDEXED_QUERIES = {
 }
 
 
-def as_version_2(path):
-    """Take from a store what version 3 of the schema added."""
+def as_version(path, version):
+    """Take from a store what later versions of the schema added."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("DROP TABLE about")
-        db.execute("PRAGMA user_version=2")
+        db.execute("INSERT INTO seen SELECT * FROM archive")
+        db.execute("DROP TABLE archive")
+        db.execute("DELETE FROM progress WHERE part = 'archive'")
+        if version < 3:
+            db.execute("DROP TABLE about")
+        db.execute(f"PRAGMA user_version={version}")
 
 
 # ---- Erasing
@@ -1961,7 +1973,8 @@ sys.path.insert(0, sys.argv[1])
 import aggregator
 
 try:
-    settings = aggregator.StoreSettings(recent_ids=32, list_rows=16, checkpoint_pages=8)
+    small = {"recent_ids": 32, "seen_ids": 64, "shelves": 16, "list_rows": 16}
+    settings = aggregator.StoreSettings(checkpoint_pages=8, **small)
     store = aggregator.Store(sys.argv[2], settings)
 except aggregator.StoreError:
     sys.exit(0)
@@ -5877,6 +5890,8 @@ def replica_rows(path):
                 """
                 SELECT key, seq, fingerprint, first_seen FROM seen
                 UNION
+                SELECT key, seq, fingerprint, first_seen FROM archive
+                UNION
                 SELECT key, seq, fingerprint, processed_at FROM processed_events
                 ORDER BY key
                 """
@@ -6037,7 +6052,7 @@ def extended(log):
 
 
 def backends(server, statement, wanted="pid"):
-    """The server processes that run a statement of a node with this text, a line each."""
+    """The server processes that run a node's statement with this text, a line each."""
     return server.ask(
         f"SELECT {wanted} FROM pg_stat_activity WHERE application_name LIKE 'aggregator %'"
         f" AND state = 'active' AND query LIKE '%{statement}%'"
@@ -6597,7 +6612,8 @@ def start_with(capsys):
 def sound_store(tmp_path_factory):
     """The name of a store so small that merging and listing have happened."""
     path = str(tmp_path_factory.mktemp("sound") / "sound.db")
-    settings = aggregator.StoreSettings(max_per_topic=90, recent_ids=8, list_rows=16)
+    small = {"recent_ids": 8, "seen_ids": 32, "shelves": 8, "list_rows": 16}
+    settings = aggregator.StoreSettings(max_per_topic=90, **small)
     with contextlib.closing(aggregator.Store(path, settings)) as store:
         # 100 events, three times each.
         for n in range(300):
@@ -6726,8 +6742,12 @@ an event is gone | DELETE FROM processed_events WHERE seq = 55
 another payload | UPDATE processed_events SET payload = '{}' WHERE seq = 50
 another source | UPDATE processed_events SET source = 'x' WHERE seq = 50
 a payload that is not JSON | UPDATE processed_events SET payload = 'x' WHERE seq = 50
-an id is forgotten | DELETE FROM seen WHERE seq = (SELECT min(seq) FROM processed_events)
+an id is forgotten | DELETE FROM seen WHERE seq = (SELECT max(seq) FROM seen)
+an old id is forgotten | DELETE FROM archive WHERE seq = (SELECT max(seq) FROM archive)
 ids lead elsewhere | UPDATE seen SET seq = seq + 1000
+old ids lead elsewhere | UPDATE archive SET seq = seq + 1000
+an id is there twice | INSERT INTO archive SELECT * FROM seen LIMIT 1
+the archive has no mark | DELETE FROM progress WHERE part = 'archive'
 a slice has no progress | DELETE FROM progress WHERE part = 'A0'
 progress beyond the log | UPDATE progress SET through = 9999
 a duplicate too many | UPDATE stats SET duplicates = duplicates + 1 WHERE kind = 'topic'
@@ -8082,7 +8102,7 @@ def test_a_duplicate_is_found_wherever_its_key_has_moved_to(path):
         for start in range(0, 2000, 50):
             store.commit(events_of(range(start, start + 50)), NOW)
         places = {first_of(store, record).place for record in events_of(range(2000))}
-    assert places == {"recent", "seen"}
+    assert places == {"recent", "seen", "archive"}
 
 
 def test_keys_are_known_again_after_the_memory_is_gone(path):
@@ -8133,13 +8153,89 @@ def test_slices_are_moved_in_turn(path):
     assert order == [turn % aggregator.SLICES for turn in range(len(order))]
 
 
-@pytest.mark.parametrize("ids, share", [(10**6, 65), (10**7, 6.5), (10**8, 1.4)])
-def test_so_many_keys_of_a_slice_share_a_page(ids, share):
+# Keys that share the writing of a page: the ids in the table they move to, into how
+# many pieces the key space is cut, how many keys come with one piece, and the figure.
+SHARES = {
+    "a slice to seen": (2 * 10**6, aggregator.SLICES, 3072, 33),
+    "a slice of 10 million, without an archive": (10**7, aggregator.SLICES, 3072, 6.5),
+    "a slice of 100 million, without an archive": (10**8, aggregator.SLICES, 3072, 1.4),
+    "a slice of 1,000 million, without an archive": (10**9, aggregator.SLICES, 3072, 1.0),
+    "a shelf of 10 million": (8 * 10**6, aggregator.SHELVES, 1024, 43),
+    "a shelf of 100 million": (98 * 10**6, aggregator.SHELVES, 1024, 3.7),
+    "a shelf of 1,000 million": (998 * 10**6, aggregator.SHELVES, 1024, 1.2),
+}
+
+
+@with_cases("ids, pieces, keys, share", SHARES)
+def test_so_many_keys_of_a_piece_share_a_page(ids, pieces, keys, share):
     tombstones_on_a_page = 83
-    keys = 2 * aggregator.RECENT_IDS // aggregator.SLICES
-    pages = ids // tombstones_on_a_page // aggregator.SLICES
-    touched = pages_touched(random.Random(1), keys, pages)
-    assert keys / touched == pytest.approx(share, rel=0.03)
+    rng = random.Random(1)
+    pages = round(ids / tombstones_on_a_page / pieces)
+    touched = statistics.mean(pages_touched(rng, keys, pages) for _ in range(9))
+    assert keys / touched == pytest.approx(share, rel=0.04)
+
+
+def test_the_pieces_of_the_figures_are_those_of_the_program():
+    assert 2 * aggregator.RECENT_IDS // aggregator.SLICES == 3072
+    assert aggregator.SEEN_IDS // aggregator.SHELVES == 1024
+    assert aggregator.SEEN_IDS == 4_194_304
+
+
+@with_cases("pieces", {"slices": 256, "shelves": 4096, "a toy": 4})
+def test_every_key_is_in_one_piece_of_the_key_space(pieces):
+    spans = [aggregator.key_span(number, pieces) for number in range(pieces)]
+    edges = [b"\0" * 16, b"\xff" * 16, *(bytes([n]) + b"\0" * 15 for n in range(256))]
+    keys = [*edges, *(aggregator.identity("t", str(n)) for n in range(1000))]
+    for key in keys:
+        (number,) = (n for n, span in enumerate(spans) if span["low"] <= key < span["high"])
+        assert number == int.from_bytes(key[:2], "big") * pieces // 65536
+
+
+def test_nothing_is_archived_before_seen_has_had_its_fill(path):
+    with open_store(path, full_sync=False, **SMALL_INDEX) as store:
+        for start in range(0, 256 + 16, 8):
+            assert rows_of(store, "archive") == []
+            store.commit(events_of(range(start, start + 8)), NOW)
+        assert store.index.archive_mark == 16
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40, 300, 3000])
+def test_archiving_never_falls_behind(path, batch):
+    seen_ids, shelves = 640, 64
+    small = {"recent_ids": 256, "seen_ids": seen_ids, "shelves": shelves}
+    with open_store(path, full_sync=False, **small) as store:
+        for start in range(0, 4 * seen_ids, batch):
+            store.commit(events_of(range(start, start + batch)), NOW)
+            if start + batch >= seen_ids:
+                behind = store.last_seq - seen_ids - store.index.archive_mark
+                assert 0 <= behind < seen_ids // shelves
+
+
+def test_shelves_are_moved_in_turn_and_seen_keeps_what_came_since(path):
+    with open_store(path, full_sync=False, **SMALL_INDEX) as store:
+        for start in range(0, 2000, 4):
+            store.commit(events_of(range(start, start + 4)), NOW)
+        turns = store.index.archive_mark // 16
+        assert turns == (2000 - 256) // 16
+        # Of the shelf that was moved last, `seen` has only what came with slices since.
+        last = aggregator.key_span((turns - 1) % 16, 16)
+        since = store.last_seq - 16
+        for key, seq, _, _ in rows_of(store, "seen"):
+            assert not last["low"] <= key < last["high"] or seq > since - 2 * 64
+        assert len(rows_of(store, "seen")) < 256 + 64
+
+
+def test_a_key_stands_in_one_table_only(path):
+    settings = dict(SMALL_INDEX, max_per_topic=20)
+    with open_store(path, full_sync=False, **settings) as store:
+        for start in range(0, 2000, 9):
+            # Most events are removed while their keys are recent.
+            store.commit(events_of(range(start, start + 9)), NOW)
+            keys = []
+            for table in ("recent.ids", "seen", "archive"):
+                keys += [row[0] for row in rows_of(store, table)]
+            assert len(set(keys)) == len(keys) == start + 9
+            assert store.index.recent_count == len(rows_of(store, "recent.ids"))
 
 
 def test_about_80_tombstones_stand_on_a_page():
@@ -8827,16 +8923,36 @@ def test_kill_9_in_the_middle_of_a_commit_loses_nothing_and_doubles_nothing(
 # ---- Files
 
 
-def test_a_store_of_schema_version_2_is_brought_up_to_date(path, caplog):
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_store_of_an_older_schema_is_brought_up_to_date(path, caplog, version):
     caplog.set_level(logging.INFO)
     with open_store(path) as store:
         store.commit(events_of(range(10)), NOW)
-    as_version_2(path)
+    as_version(path, version)
     with open_store(path) as store:
         assert kinds_of(store, events_of(range(11))) == ["duplicate"] * 10 + ["new"]
         assert len(store.store_id) == 16
     [message] = caplog.messages
-    assert message.startswith(f"UPGRADED - {path} from schema version 2 to 3")
+    assert message.startswith(f"UPGRADED - {path} from schema version {version} to 4")
+    assert contradictions(path) == []
+
+
+def test_an_old_store_gets_its_archive_little_by_little(path):
+    with open_store(path, full_sync=False, **SMALL_INDEX) as store:
+        for start in range(0, 2000, 40):
+            store.commit(events_of(range(start, start + 40)), NOW)
+        archived = len(rows_of(store, "archive"))
+    as_version(path, 3)
+    with open_store(path, full_sync=False, **SMALL_INDEX) as store:
+        assert rows_of(store, "archive") == []
+        for number in range(2000, 2300):
+            mark_before = store.index.archive_mark
+            store.commit([event(number)], NOW)
+            # A shelf at most, so that no commit is long.
+            assert store.index.archive_mark - mark_before <= 16
+        assert len(rows_of(store, "archive")) >= archived
+        assert kinds_of(store, events_of(range(2300))) == ["duplicate"] * 2300
+    assert contradictions(path) == []
 
 
 def test_a_store_keeps_its_name_and_no_other_has_it(path, tmp_path):
@@ -9641,7 +9757,7 @@ def test_health_writes_when_no_commit_has_shown_for_long_that_one_can(path):
 
 
 def a_store_whose_listing_is_damaged(tmp_path):
-    """Its topic "spoilt" cannot be sorted, so not more than 99 events are taken for it."""
+    """Its topic "spoilt" cannot be sorted: not more than 99 events are taken for it."""
     path = str(tmp_path / "damaged.db")
     with open_store(path, list_rows=100) as store:
         for topic in ("sound", "spoilt"):
@@ -13583,7 +13699,7 @@ def test_no_token_in_an_address_gets_into_the_log(site, caplog):
 
 def test_a_backup_of_schema_2_stays_schema_2(path, tmp_path):
     make_store(path, events_of(range(20)))
-    as_version_2(path)
+    as_version(path, 2)
     target = str(tmp_path / "copy.db")
     assert aggregator.copy_store(path, target).events == 20
     assert schema_version(target) == 2
@@ -20312,7 +20428,7 @@ def lone_script(tmp_path):
 
 
 def version_of(script, *options):
-    """What `--version` prints, and the names of the bytecode files beside the script."""
+    """What `--version` prints, and the names of bytecode files beside the script."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": ""}
     found = subprocess.run(
         [sys.executable, *options, script, "--version"],
