@@ -973,7 +973,7 @@ def events_from_lines(
 #      arrival      when an event was committed, by our clock (`processed_at`); its
 #                   `timestamp` is what the publisher says; `first_seen` is the arrival
 #                   of the first event with a key
-#      mark         a seq up to which some work is done
+#      mark         a seq that says how far some work has come
 #      tombstone    a row of `seen` or `archive`: key, seq, fingerprint, arrival. It is
 #                   written while the event still lives, and stays when it is gone
 #
@@ -986,18 +986,18 @@ def events_from_lines(
 #   2. UNIQUE(topic, event_id), and let the INSERT fail. It is exact: the database looks
 #      and acts under one lock. But ids are random, so in the B-tree of the constraint
 #      each new one lands on another page. Once the tree is larger than the cache, an
-#      event of 200 bytes dirties a page of 4 KB, which is written to the WAL and again
-#      to the file. Measured, with the writes of the other tables: 16,600 bytes an
-#      event, and 40,000 events a second became 20,000 after 6 million events.
+#      event of 200 bytes changes a page of 4 KB, and the whole page is written, to the
+#      WAL and again to the file. Measured, with the writes of the other tables: 16,600
+#      bytes an event, and 40,000 events a second became 20,000 after 6 million events.
 #   3. UNIQUE with retention. Old rows are deleted to save space, and each takes its id
 #      along. A retry that comes after the clean-up is stored as new.
 #   4. This design. The id outlives its event, and ids move to disk in sorted slices.
 #
-# We, too, look first and insert afterwards. It is safe here for three reasons. Each
-# commit is one transaction that begins with BEGIN IMMEDIATE, so nobody can write
-# between its look and its insert: here the race of rung 1 is impossible. One thread
-# runs every commit. And one process owns the file (§3), because the newest keys are in
-# the memory of that process, where no other process could look.
+# We, too, look first and insert afterwards. It is safe here for three reasons. First,
+# each commit is one transaction that begins with BEGIN IMMEDIATE, so nobody can write
+# between its look and its insert: here the race of rung 1 is impossible. Second, one
+# thread runs every commit. Third, one process owns the file (§3). It must, because the
+# newest keys are in the memory of that process, where no other process could look.
 #
 # The design is a small log-structured merge. New keys gather in memory. From there they
 # move on to larger tables, always many neighbours together:
@@ -1006,7 +1006,7 @@ def events_from_lines(
 #      their keys ──▶ recent.ids         the newest keys: in memory, rebuilt at start
 #                          │ one slice of the key space at a time, in key order
 #                          ▼
-#                        seen            the younger tombstones: some million
+#                        seen            the younger tombstones: about 2 million
 #                          │ one shelf of the key space at a time, in key order
 #                          ▼
 #                        archive         the older tombstones: all the others
@@ -1022,15 +1022,17 @@ def events_from_lines(
 #
 # Why slices. The key space has 256 of them, by the first byte of the key. A slice is
 # moved as a whole and in key order, so keys that are neighbours on a page are written
-# together. `progress` holds a mark for each slice: the keys of all events up to this
-# seq are tombstones. The lowest mark is the watermark: up to there, every key is one.
+# together. `progress` holds a mark for each slice: every key of this slice whose event
+# has a seq up to the mark has left recent.ids, and has its tombstone. The lowest mark
+# is the watermark: up to there, every key of every slice has one. From there on the log
+# is read at a start.
 #
 # Why shelves. The larger `seen` is, the more pages a slice falls on. So `seen` is kept
 # small by the same step once more: the key space has 4,096 shelves, and with every
-# 1,024 new events the shelf that has waited longest moves to `archive`. A store of less
-# than 4,194,304 events has an empty archive. Here no mark says what has moved, because
-# both tables are on the disk and nothing has to be rebuilt; the one mark of the archive
-# says whose turn it is.
+# 1,024 new events the shelf that has waited longest moves to `archive`. Until 4,194,304
+# events have ever been stored, the archive is empty. It has one mark, which only says
+# whose turn it is. Which keys have moved need not be said: both tables are on the disk,
+# and nothing has to be rebuilt.
 #
 # The same identity may come with another content: another source or payload. That is a
 # conflict. The first content stays. The second is not stored, and its publisher is
@@ -1039,15 +1041,20 @@ def events_from_lines(
 #
 # The way of a key. An event arrives, and §1 to §5 bring it to a commit. There its key
 # is looked up in the three tables. It is in none, so the event goes to the log and its
-# key to recent.ids. Several hundred thousand events later the slice of the key has its
-# turn: the key moves to `seen`, and the mark of the slice moves on. Some million events
-# later it moves to `archive` with its shelf. Weeks later, if --retention is set, the
-# event leaves the log. The tombstone stays, so a late retry is a duplicate.
+# key to recent.ids. On average 400,000 events later the slice of the key has its turn:
+# the key moves to `seen`, and the mark of the slice moves on. On average 2 million
+# events later it moves to `archive` with its shelf. Weeks later, if --retention is set,
+# the event leaves the log. (If retention comes before the turn of the slice, the key
+# goes to `seen` just before its event goes.) The tombstone stays, so a late retry is a
+# duplicate.
 #
 # The arithmetic. A tombstone takes 45 bytes, and 83 of them stand on a page that was
-# filled in random order. A slice brings about 3,000 keys when its turn comes, a shelf
-# about 1,000, and each page that one of them belongs to is written. `seen` holds what
-# came since the last turn of each shelf, about 2 million keys.
+# filled in random order. A move writes each page to which one of its keys belongs. A
+# slice brings about 3,072 keys when its turn comes, a shelf 1,024. `seen` holds what
+# came since the last turn of each shelf: from none to 4 million keys, so 2 million on
+# average. A slice of those has 94 pages, and 3,072 keys for 94 pages are 33 for each.
+# (Where pages are many, some get no key: n random keys fall on p (1 - e^(-n/p)) of p
+# pages.) The more keys share the writing of a page, the better.
 #
 #                       keys for each page that is written
 #      ids in all       to `seen`    to `archive`    without an archive
@@ -1080,43 +1087,47 @@ def events_from_lines(
 # Why digests are exact enough. Two of ten million identities share a 128-bit key with a
 # probability of 10^14 / 2^129, which is less than 10^-24. No disk is that reliable. It
 # is BLAKE2b, because ids come from strangers: to make two that collide takes 2^64
-# tries, and harms only who sends both.
+# tries, and harms only the publisher that sends both.
 #
 # The GIL convoy. One lock of Python, the GIL, lets one thread run at a time. SQLite
 # works through a statement in steps: a step ends with a row of the result, or at the
 # end. `sqlite3` gives up the GIL for each step and has to take it back afterwards.
 # While the event loop is busy, the writer's thread gets the lock back only after a
-# "switch interval": 5 ms, unless the program says otherwise (§15 says 50 µs). All wait
-# in one line behind the slowest, like cars behind a lorry: hence the name. So the
+# "switch interval": 5 ms, unless the program says otherwise (§15 says 50 µs). Each step
+# waits behind the loop, like cars in a convoy behind a lorry: hence the name. So the
 # number of steps counts, not the work of each: `executemany` over 1,000 rows is 1,000
 # steps, one INSERT with 1,000 rows of VALUES is one, and a SELECT has a step for each
 # row of its result. Measured beside a thread that computes without a pause, in
-# transactions of 500 rows, rows a second: executemany 338, VALUES 19,104. Therefore
-# groups are written with many rows to the statement, results come back as one JSON
-# value, and recent.ids is a table: what SQL does with it needs no GIL at all.
+# transactions of 500 rows, at the interval of 5 ms, rows a second: executemany 338,
+# VALUES 19,104. At 0.5 ms they are 2,537 and 46,452. Therefore groups are written with
+# many rows to the statement, results come back as one JSON value, and recent.ids is a
+# table: what SQL does with it needs no GIL at all.
 #
 # Knows §1. Its SQL uses tables that §3 makes; of the log it knows four columns: seq,
 # key, fingerprint, processed_at. Must not know queues, reading or HTTP.
 #
 #   * recent.ids is a table of an attached in-memory database, so it takes part in the
 #     transaction: what was rolled back was never learned, what was committed is known.
-#   * The key of a committed event is in one of the three tables, and in one only, until
+#   * The key of a committed event is in recent.ids, `seen` or `archive`, until
 #     --dedup-retention forgets it: then its event has left the log, and is old.
+#   * No key is in `archive` and in another table. In recent.ids and in `seen` is the
+#     key of an event that was removed before its slice had its turn.
 #
 # Simpler than a production system: there is no Bloom filter in front of the tombstones.
-# So a new id costs a look into both tables, and that is a disk read once they have
-# outgrown the memory.
+# So a new id costs a look into `seen` and one into `archive`, and each is a disk read
+# once they have outgrown the memory.
 # ============================================================================
 
-# Keys kept in recent.ids before slices are merged; about 70 bytes each, so 27 MB. Twice
-# as many would halve the page writes of a merge and cost 27 MB more.
+# Keys kept in recent.ids before slices are merged; about 70 bytes each, so 27 MB. With
+# twice as many, an event would cost half as many page writes of `seen`, and the memory
+# 27 MB more.
 RECENT_IDS = 384 * 1024
 # Slices of the key space: 256, one for each value of a key's first byte, or for a toy a
-# number that divides 256. More slices would be smaller, and a page would be written for
-# fewer keys; fewer would make the commit that moves one longer.
+# number that divides 256. Fewer would make the commit that moves one longer. More would
+# be moved more often, and the keys for each page would be as many.
 SLICES = 256
-# Events after which every shelf of `seen` has had its turn. Twice as many would halve
-# the page writes of the archive, and double those of `seen`.
+# Events after which every shelf of `seen` has had its turn. With twice as many, an
+# event would cost half as many page writes of the archive, and twice as many of `seen`.
 SEEN_IDS = 4 * 1024 * 1024
 # Shelves of the key space: 4,096, so that one holds about 1,024 keys at its turn. Fewer
 # would make the commit that moves one longer.
@@ -1124,7 +1135,7 @@ SHELVES = 4096
 # Values that one statement can bind (SQLite, "Limits": SQLITE_MAX_VARIABLE_NUMBER).
 # SQLite before 3.32 takes fewer.
 SQLITE_VARIABLES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
-# Rows of one statement. With more rows than that, it gets no faster.
+# Rows of one statement. More rows in one statement save no more time.
 ROWS_PER_STATEMENT = 2048
 
 # Prepared statements that a connection keeps, so that no group size is prepared twice;
@@ -1192,8 +1203,8 @@ class Decision(NamedTuple):
 class ForgetBefore(NamedTuple):
     """What is old enough to go: its arrival and its seq are both low enough.
 
-    Made by `AgeLimit` (§3), for two uses: --retention asks it which events may leave
-    the log, and --dedup-retention which tombstones of removed events may be forgotten.
+    Made by `AgeLimit` (§3), for two uses: for --retention it says which events may
+    leave the log, for --dedup-retention which tombstones of removed events may go.
     """
 
     # Arrived before this instant, in microseconds since 1970 UTC.
@@ -1228,9 +1239,9 @@ def fingerprint(source: str, payload: str) -> int:
     new one when they try again. So is the producer's sequence. The fingerprint stays
     when the payload is gone, so a conflict is noticed after retention, too.
 
-    64 bits are enough here, and were not for the key: one fingerprint is compared with
-    one other, and only when the identities are equal. Two contents look the same with a
-    probability of 2^-64.
+    64 bits are enough here, but would not be for the key: one fingerprint is compared
+    with one other, and only when the identities are equal. Two contents look the same
+    with a probability of 2^-64.
     """
     name = source.encode("utf-8")
     text = b"%d:%b%b" % (len(name), name, payload.encode("utf-8"))
@@ -1241,8 +1252,8 @@ def fingerprint(source: str, payload: str) -> int:
 def record_of(event: Event) -> Record:
     """An event with what identifies it.
 
-    It is called in the event loop, not in the writer's thread: there, each line of
-    Python has to wait for the GIL.
+    It is called in the event loop, not in the writer's thread: there, Python would
+    compete with the loop for the GIL.
     """
     return Record(
         identity(event.topic, event.event_id), fingerprint(event.source, event.payload), *event
@@ -1254,10 +1265,10 @@ def decide(
 ) -> Decision:
     """Which records are new, and which repeat something.
 
-    The second of two equal records in one group is a repeat of the first. New records
-    get the seqs after `last_seq`, in order, and the log stores each under its seq.
-    `known` is what `DedupIndex.look_up` found for these records. It is a pure function:
-    no clock, no database, and it changes none of its arguments.
+    Of two records of one group with the same key, the second repeats the first. New
+    records get the seqs after `last_seq`, in order, and the log stores each under its
+    seq. `known` is what `DedupIndex.look_up` found for these records. It is a pure
+    function: no clock, no database, and it changes none of its arguments.
 
     >>> first = record_of(Event("door", "1", 0, "hall", "{}"))
     >>> other = record_of(Event("door", "1", 0, "hall", '{"open":true}'))
@@ -1290,7 +1301,7 @@ def decide(
 
 
 def slice_name(number: int, slices: int) -> str:
-    """The name of a slice in `progress`: the first byte of its keys in hexadecimal.
+    """The name of a slice in `progress`: the lowest first byte of its keys, as hex.
 
     >>> slice_name(255, slices=256), slice_name(3, slices=4)
     ('FF', 'C0')
@@ -1327,8 +1338,9 @@ KEYS_TABLE = """(
 class DedupIndex:
     """Which keys have been seen. Its methods run inside a transaction of the store.
 
-    `db` is a connection to a store (§3). Its tables `recent.ids`, `seen`, `archive` and
-    `progress` belong to this class, which makes the first of them.
+    `db` is a connection to a store (§3). Its tables `recent.ids`, `seen` and `archive`
+    belong to this class, which makes the first of them, and so do the marks in
+    `progress`, except for that of 'listing'.
 
     A worked example: a toy with 4 slices that keeps 4 recent keys. The slice of a key
     is the first two bits of it, its shelf the first bit.
@@ -1350,7 +1362,8 @@ class DedupIndex:
     ...     print("log", *[f"{seq}:{event_id}" for seq, event_id in log])
 
     Four events arrive, and nothing is merged yet. Each line shows the first bytes of a
-    key and its seq; the marks of the four slices and of the archive are 0.
+    key and its seq; the marks of the four slices and of the archive are 0. (Id 5 comes
+    before id 4, so that seq and id differ.)
 
     >>> for second, event_id in enumerate(["1", "2", "3", "5"]):
     ...     repeats = publish(event_id, now_us=second * 1_000_000)
@@ -1361,8 +1374,9 @@ class DedupIndex:
     progress 00=0 40=0 80=0 C0=0 archive=0
     log 1:1 2:2 3:3 4:5
 
-    A fifth makes one too many. So the slice that has waited longest, slice 0, is moved,
-    and its mark says: the keys of this slice are in `seen`, for events up to seq 5.
+    A fifth makes one too many. So the slice that has waited longest is moved: of equal
+    ones the lowest, slice 0. Its mark says: the keys of this slice are in `seen`, for
+    events up to seq 5.
 
     >>> publish("4", now_us=4_000_000)
     []
@@ -1385,14 +1399,13 @@ class DedupIndex:
     progress 00=5 40=0 80=0 C0=0 archive=0
     log 1:1 2:2 3:3 4:5 5:4
 
-    Event 1 is removed, as retention would do it. Its key was still recent, so it leaves
-    recent.ids ahead of its slice. A retry that comes weeks later is a duplicate all the
-    same.
+    Event 1 is removed, as retention would do it. Its key was still recent, so now it
+    gets its tombstone. A retry that comes weeks later is a duplicate all the same.
 
     >>> store.erase([1])
     1
     >>> show()
-    recent.ids 694E2F62=4 E0067311=3 EC0090BA=5
+    recent.ids 694E2F62=4 8B68E835=1 E0067311=3 EC0090BA=5
     seen 064EC0C5=2 8B68E835=1
     archive
     progress 00=5 40=0 80=0 C0=0 archive=0
@@ -1401,16 +1414,17 @@ class DedupIndex:
     >>> [(repeat.kind, repeat.first.seq, repeat.first.place) for repeat in late]
     [('duplicate', 1, 'seen')]
 
-    In this toy, two new events are the turn of a shelf, as soon as more than four have
-    come. So the sixth moves shelf 0, the keys below 80, from `seen` to the archive.
+    In this toy, after the first four events, every two new ones move one of the two
+    shelves. So the sixth moves shelf 0, the keys below 80, from `seen` to the archive.
+    It also makes one too many in recent.ids again, so slice 1 moves to `seen`.
 
     >>> publish("6", now_us=31 * 86_400_000_000)
     []
     >>> show()
-    recent.ids 68D503E4=6 694E2F62=4 E0067311=3 EC0090BA=5
-    seen 8B68E835=1
+    recent.ids 8B68E835=1 E0067311=3 EC0090BA=5
+    seen 68D503E4=6 694E2F62=4 8B68E835=1
     archive 064EC0C5=2
-    progress 00=5 40=0 80=0 C0=0 archive=2
+    progress 00=5 40=6 80=0 C0=0 archive=2
     log 2:2 3:3 4:5 5:4 6:6
     >>> store.close()
     >>> folder.cleanup()
@@ -1474,6 +1488,8 @@ class DedupIndex:
                 """,
                 chunk,
             )
+            # The key of a removed event may stand in recent.ids and in `seen`. Both say
+            # the same of it, except for the place: the last is what is shown.
             for key, *what in json.loads(found):
                 known[bytes.fromhex(key)] = Known(*what)
         return known
@@ -1505,8 +1521,9 @@ class DedupIndex:
         self, new_events: int, last_seq: int, forget_before: Optional[ForgetBefore] = None
     ) -> None:
         """Move keys on to their next table: in the long run, as many as arrive."""
-        self._move_due_slices(new_events, last_seq, forget_before)
+        # The old ones first, so that no key passes through `seen` in one commit.
         self._move_due_shelves(new_events, last_seq, forget_before)
+        self._move_due_slices(new_events, last_seq, forget_before)
 
     def _move_due_slices(
         self, new_events: int, last_seq: int, forget_before: Optional[ForgetBefore]
@@ -1516,9 +1533,9 @@ class DedupIndex:
         Why this never falls behind. Hashing spreads keys evenly over 256 slices, so
         with 393,216 recent keys a slice holds 1,536 on average: none just after its
         move, and about 3,072 when its turn comes again. So one move, of any slice, is
-        needed for every 3,072 new events. For 3,072 new events the formula allows two
-        moves, and one more with each commit. A move is made only while recent.ids is
-        over its limit, so in the long run as much goes out as comes in.
+        needed for every 3,072 new events. `moves` below allows two, and each commit one
+        more. A move is made only while recent.ids is over its limit, so in the long run
+        as much goes out as comes in.
 
         Tombstones expire here, too, because the pages of the slice are written anyway.
         So none expires in a store that never had more than 393,216 events, however old.
@@ -1527,10 +1544,11 @@ class DedupIndex:
         while moves and self.recent_count > self._most_recent:
             span = key_span(self.next_slice, self._slices)
             # Expire first: the keys that the move brings are the newest of the slice
-            # and need no look.
+            # and need no look. If a key that expires is in recent.ids, too, the move
+            # writes it back, and it expires when the slice has its next turn.
             if forget_before is not None:
                 self._expire("seen", span, forget_before)
-            self.recent_count -= self._move("recent.ids", "seen", span)
+            self._move_slice(span)
             # The mark is the last seq there is, although most events belong to other
             # slices. That is right, because it speaks of this slice only. `learn` has
             # run, so all keys of the slice were in recent.ids, and all have just gone.
@@ -1543,13 +1561,14 @@ class DedupIndex:
     ) -> None:
         """Move the shelves that have waited longest from `seen` to `archive`.
 
-        The mark of the archive follows the newest seq at a distance of 4,194,304. With
-        every 1,024 seqs that it goes on, one shelf is moved. So 4,194,304 new events
-        are a turn for each of 4,096 shelves, and a shelf brings what came to it since
-        its last turn: about 1,024 keys. It never falls behind for the reason above.
+        The mark of the archive follows the newest seq at a distance of at least
+        4,194,304. With every 1,024 seqs that it goes on, one shelf is moved. So
+        4,194,304 new events are a turn for each of 4,096 shelves, and a shelf brings
+        what came to it since its last turn: about 1,024 keys.
 
-        Here, too, tombstones expire: an archived one is looked at once in 4,194,304
-        events.
+        It never falls behind: a commit may move a shelf for every 1,024 new events, and
+        one more. Tombstones expire here, too: an archived one is looked at once in
+        4,194,304 events.
         """
         moves = 1 + new_events // self._turn_events
         due = (last_seq - self._seen_ids - self.archive_mark) // self._turn_events
@@ -1558,32 +1577,59 @@ class DedupIndex:
             span = key_span(shelf, self._shelves)
             if forget_before is not None:
                 self._expire("archive", span, forget_before)
-            self._move("seen", "archive", span)
+            self._move_shelf(span)
             self.archive_mark += self._turn_events
             self._set_mark("archive", self.archive_mark)
 
-    def _move(self, source: str, target: str, span: Dict[str, bytes]) -> int:
-        """Move the keys of a span from one table to another; how many those were.
+    def _move_slice(self, span: Dict[str, bytes]) -> None:
+        """Write the keys of one slice to `seen`, and take them out of recent.ids.
 
-        It goes in key order, because SQLite reads the span along the primary key.
         Between the insert and the delete a key is in both tables; nobody sees that,
-        because it is one transaction. Should damage have put a key into both, DO
-        NOTHING keeps the older; OR ROLLBACK is for any other failure.
+        because it is one transaction.
+
+        The insert is in key order: SQLite reads the span along the primary key. Keys
+        that `make_tombstones` has put into `seen` before are met again here. DO NOTHING
+        keeps the first, which says the same; OR ROLLBACK is for any other failure.
         """
         self._db.execute(
-            f"""
-            INSERT OR ROLLBACK INTO {target}(key, seq, fingerprint, first_seen)
+            """
+            INSERT OR ROLLBACK INTO seen(key, seq, fingerprint, first_seen)
             SELECT key, seq, fingerprint, first_seen
-            FROM {source}
+            FROM recent.ids
             WHERE key >= :low AND key < :high
             ON CONFLICT(key) DO NOTHING
             """,
             span,
         )
         moved = self._db.execute(
-            f"DELETE FROM {source} WHERE key >= :low AND key < :high", span
+            "DELETE FROM recent.ids WHERE key >= :low AND key < :high", span
         ).rowcount
-        return moved
+        self.recent_count -= moved
+
+    def _move_shelf(self, span: Dict[str, bytes]) -> None:
+        """Write the tombstones of one shelf to `archive`, and take them out of `seen`.
+
+        A key that is in recent.ids, too, stays: its slice will bring it to `seen` once
+        more, and it must not be in `seen` and in `archive`.
+        """
+        self._db.execute(
+            """
+            INSERT OR ROLLBACK INTO archive(key, seq, fingerprint, first_seen)
+            SELECT key, seq, fingerprint, first_seen
+            FROM seen
+            WHERE key >= :low AND key < :high
+              AND NOT EXISTS (SELECT 1 FROM recent.ids AS ids WHERE ids.key = seen.key)
+            """,
+            span,
+        )
+        self._db.execute(
+            """
+            DELETE FROM seen
+            WHERE key >= :low AND key < :high
+              AND NOT EXISTS (SELECT 1 FROM recent.ids AS ids WHERE ids.key = seen.key)
+            """,
+            span,
+        )
 
     def _set_mark(self, part: str, through: int) -> None:
         """Write how far a part has come."""
@@ -1618,9 +1664,9 @@ class DedupIndex:
     def make_tombstones(self, seqs: str) -> None:
         """Make the tombstones of events that are about to be removed.
 
-        `seqs` is a JSON list. Most keys have left recent.ids already. The others leave
-        it now, whatever slice they belong to: recent.ids is rebuilt from the log, so
-        after a crash it would not know them any more.
+        `seqs` is a JSON list. A key that has left recent.ids has its tombstone already.
+        The others would be lost with a crash, because recent.ids is rebuilt from the
+        log. They stay in recent.ids, too, until their slice is moved.
         """
         self._db.execute(
             """
@@ -1633,29 +1679,17 @@ class DedupIndex:
             """,
             {"seqs": seqs},
         )
-        left = self._db.execute(
-            """
-            DELETE FROM recent.ids
-            WHERE key IN (
-                SELECT key
-                FROM processed_events
-                WHERE seq IN (SELECT value FROM json_each(:seqs))
-            )
-            """,
-            {"seqs": seqs},
-        ).rowcount
-        self.recent_count -= left
 
     def recover(self) -> None:
         """Rebuild recent.ids from the log: what lies above the mark of its slice.
 
         To be called once, when the store is opened. It reads the log from the lowest
-        mark on, which is about twice as many events as recent.ids keeps keys, and less
-        than three times. So a start does not take longer the longer the log is.
+        mark on: about 786,000 events, because a slice waits for twice as many events as
+        recent.ids keeps keys. So the time of a start does not grow with the log.
         """
         # `progress` is keyed by the first byte of each slice. The slice of a key is the
-        # last that begins at or before it. (The part 'listing' is no slice. Its
-        # name sorts after 'FF', so the conditions leave it out.)
+        # last that begins at or before it. (The parts 'archive' and 'listing' are no
+        # slices. Small letters sort after 'FF', so the conditions leave them out.)
         self._db.execute(
             """
             INSERT OR ROLLBACK INTO recent.ids(key, seq, fingerprint, first_seen)
@@ -2790,7 +2824,7 @@ class Store:
         return mark
 
     def join_log(self) -> None:
-        """Note that this store and a log go together from now on. Raises StoreFailed."""
+        """Note that this store and a log go together now. Raises StoreFailed."""
         with self._transaction():
             self.db.execute("INSERT OR IGNORE INTO replica VALUES('position', 0, x'')")
             self.db.execute("DELETE FROM replica WHERE name = 'alone'")
