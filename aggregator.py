@@ -3852,8 +3852,7 @@ CHECKS = (
         """
         SELECT count(*)
         FROM processed_events
-        WHERE key <> identity(topic, event_id)
-           OR fingerprint <> fingerprint(source, payload)
+        WHERE NOT carries_its_digests(key, fingerprint, topic, event_id, source, payload)
            OR NOT json_valid(payload)
         """,
     ),
@@ -3866,6 +3865,10 @@ CHECKS = (
         FROM processed_events
         WHERE seq > (SELECT min(through) FROM progress WHERE part <= 'FF')
         """,
+    ),
+    Check(
+        "no id has two tombstones",
+        "SELECT count(*) FROM seen CROSS JOIN archive ON archive.key = seen.key",
     ),
     # AUTOINCREMENT's table says which seq was the last to be given out. `count_repeats`
     # is the aggregate below; it has room for one bit for each seq.
@@ -4010,6 +4013,16 @@ CHECKS = (
 )
 
 
+def _carries_its_digests(
+    key: bytes, content: int, topic: str, event_id: str, source: str, payload: str
+) -> bool:
+    """Whether a row of the log has the key and the fingerprint of what it holds.
+
+    The SQL of a check calls it: one call for a row, because each call costs.
+    """
+    return key == identity(topic, event_id) and content == fingerprint(source, payload)
+
+
 class _RepeatCounter:
     """An SQL aggregate: how many numbers were there before. One bit for each number.
 
@@ -4060,8 +4073,7 @@ def check_store(path: str) -> Iterator[Tuple[bool, str]]:
 def _check_open_store(db: sqlite3.Connection) -> Iterator[Tuple[bool, str]]:
     """The sentences about a store, from a connection that then cannot write any more.
 
-    SQLite's own check comes first: the others trust its B-trees. Their SQL calls the
-    Python functions `identity` and `fingerprint` of §2.
+    SQLite's own check comes first: the others trust its B-trees.
     """
     if query_value(db, "PRAGMA user_version") < 4:
         # It has no archive yet, and shall not get one from a check.
@@ -4069,8 +4081,7 @@ def _check_open_store(db: sqlite3.Connection) -> Iterator[Tuple[bool, str]]:
     db.execute("PRAGMA query_only=1")
     # Read the file as memory, up to 128 MB of it: that saves a copy of each page.
     db.execute("PRAGMA mmap_size=134217728")
-    db.create_function("identity", 2, identity)
-    db.create_function("fingerprint", 2, fingerprint)
+    db.create_function("carries_its_digests", 6, _carries_its_digests)
     db.create_aggregate("count_repeats", 1, _RepeatCounter)
     damage = "; ".join(text for (text,) in db.execute("PRAGMA integrity_check(5)"))
     if damage == "ok":
@@ -16523,60 +16534,81 @@ def _batches_of_pipe(name: str, settings: PublishSettings, report: Report) -> It
     """What comes out of a named pipe, from one writer after the other, for ever."""
     while True:
         try:
-            _check_pipe(name)
+            pipe = _open_pipe(name)
             report.waits("", "read")
-            with open(name, "rb", buffering=0, opener=_open_at_once) as file:
-                os.set_blocking(file.fileno(), True)
-                yield from _batches_of_writers(file, name, settings)
+            yield from _batches_of_writers(pipe, name, settings)
         except OSError as error:
             report.waits(_reason(error), "read")
         time.sleep(settings.limits.poll_s)
 
 
-def _check_pipe(name: str) -> None:
-    """Raises OSError if a name is not that of a pipe that may be read."""
+def _open_pipe(name: str) -> Any:
+    """A named pipe, opened without waiting for a writer. Raises OSError."""
     os.stat(name)
     if not _is_stream(name):
         raise OSError(errno.ESPIPE, "is no pipe any more", name)
     if not os.access(name, os.R_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+    return open(name, "rb", buffering=0, opener=_open_at_once)
 
 
-def _batches_of_writers(file: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
-    """What writers put into a pipe, until its name is another one's. Raises OSError.
+def _batches_of_writers(pipe: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
+    """What writers put into an open pipe and its successors. Raises OSError.
 
-    The pipe stays open between two writers: a writer that has come meanwhile may have
-    written, and to close a pipe is to throw away what it holds. Nobody can open one
-    that has lost its name, so one more reading to the end finds all that was written.
+    When a writer has gone, the pipe is opened once more before it is closed. It must be
+    opened anew, because a pipe whose writer has gone cannot be waited for. It must not
+    be closed before, because to close a pipe is to throw away what it holds, and the
+    next writer may have written already.
     """
-    while True:
-        is_the_last = not _is_still_named(file, name)
-        yield from _batches_of_writer(file, name, settings)
-        if is_the_last:
-            return
-        time.sleep(settings.limits.poll_s)
+    while pipe is not None:
+        successor = None
+        with pipe:
+            while not _has_something(pipe, settings.limits.poll_s):
+                # Nobody opens a pipe that has lost its name: what it holds is the last.
+                if not _is_named(pipe, name) and not _has_something(pipe, 0):
+                    return
+            os.set_blocking(pipe.fileno(), True)
+            came = False
+            for batch in _batches_of_writer(pipe, name, settings):
+                came = True
+                yield batch
+            with contextlib.suppress(OSError):
+                successor = _open_pipe(name)
+            if not _is_named(pipe, name) and _has_something(pipe, 0):
+                yield from _batches_of_writer(pipe, name, settings)
+        if not came:
+            # Not every system waits for a writer.
+            time.sleep(settings.limits.poll_s)
+        pipe = successor
 
 
-def _is_still_named(file: Any, name: str) -> bool:
-    """Whether a name still leads to an open file."""
+def _has_something(pipe: Any, timeout_s: float) -> bool:
+    """Whether an open pipe has something to read, or its writer has gone."""
+    import select
+
+    return bool(select.select([pipe], [], [], timeout_s)[0])
+
+
+def _is_named(pipe: Any, name: str) -> bool:
+    """Whether a name leads to an open pipe."""
     try:
-        return os.path.samestat(os.stat(name), os.fstat(file.fileno()))
+        return os.path.samestat(os.stat(name), os.fstat(pipe.fileno()))
     except OSError:
         return False
 
 
-def _batches_of_writer(file: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
+def _batches_of_writer(pipe: Any, name: str, settings: PublishSettings) -> Iterator[Batch]:
     """What an open pipe holds until nobody has it open for writing. Raises OSError.
 
     If it is no text, all of it is left out. So the next writer does not follow on it.
     """
     try:
-        yield from _batches_of_open_stream(file, name, settings)
+        yield from _batches_of_open_stream(pipe, name, settings)
     except UnreadableText as error:
         _tell(f"{error}; it is left out")
         left_out = error.read_bytes
         while True:
-            data = file.read(settings.limits.read_bytes)
+            data = pipe.read(settings.limits.read_bytes)
             if not data:
                 break
             left_out += len(data)

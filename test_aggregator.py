@@ -6747,6 +6747,7 @@ an old id is forgotten | DELETE FROM archive WHERE seq = (SELECT max(seq) FROM a
 ids lead elsewhere | UPDATE seen SET seq = seq + 1000
 old ids lead elsewhere | UPDATE archive SET seq = seq + 1000
 an id is there twice | INSERT INTO archive SELECT * FROM seen LIMIT 1
+an id has two seqs | UPDATE archive SET key = (SELECT key FROM seen) WHERE seq = 1
 the archive has no mark | DELETE FROM progress WHERE part = 'archive'
 a slice has no progress | DELETE FROM progress WHERE part = 'A0'
 progress beyond the log | UPDATE progress SET through = 9999
@@ -7361,7 +7362,7 @@ LAZY = {
     0: "_md5 importlib.util marshal py_compile",
     8: "hmac",
     9: "socket",
-    12: "gzip http.client random socket threading urllib.parse",
+    12: "gzip http.client random select socket threading urllib.parse",
     13: "random socket subprocess tempfile threading",
     THE_LOG: "binascii hashlib hmac ssl",
     THE_PROGRAM: "resource socket ssl threading",
@@ -15437,6 +15438,30 @@ def test_what_was_written_into_a_pipe_before_it_lost_its_name_is_read(pipe):
     assert reading.next() == ["three"]
     pipe("of the new pipe\n")
     assert reading.next() == ["of the new pipe"]
+
+
+def test_the_last_lines_of_writers_that_do_not_end_them_are_not_joined(site, pipe, tmp_path):
+    path = pipe("first")
+    arguments = ("--url", local(site.port), "--topic", "t", "--follow", path)
+    with Child(tmp_path, "publish", *arguments):
+        wait_until(lambda: messages(site.port) == ["first"])
+        for number in range(10):
+            append(path, f"line {number}")
+            time.sleep(aggregator.FILE_POLL_S / 8)
+        expected = ["first"] + [f"line {number}" for number in range(10)]
+        wait_until(lambda: messages(site.port) == expected)
+
+
+def test_a_new_pipe_is_read_although_a_silent_writer_holds_the_old_one(pipe):
+    path = pipe("one\ntwo")
+    reading = PipeReading(path, follow=True)
+    assert reading.next() == ["one"]
+    assert reading.next() == ["two"]
+    with open(path, "w"):
+        os.remove(path)
+        os.mkfifo(path)
+        pipe("of the new pipe\n")
+        assert reading.next() == ["of the new pipe"]
 
 
 def test_a_pipe_that_is_read_once_takes_no_more_when_its_end_was_read(pipe):
